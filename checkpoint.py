@@ -1,0 +1,217 @@
+"""Checkpoints: the one owner of their format, which holds no pickle.
+
+    LOG_DIR/ckpt_000250/      the newest few, each with all that a run needs to go on
+        model.safetensors       weights, fp32, under GPT-2's names
+        optimizer.safetensors   the optimizer's tensors
+        tokenizer.json          the tokenizer, if it is not GPT-2's
+        meta.json               step, config, the run's identity, and a digest of each file and of itself
+    LOG_DIR/best/             the same without the optimizer: the lowest validation loss so far
+
+A checkpoint named N has consumed exactly the batches 0..N-1. It is written beside its place and renamed, so that
+a name stands for a whole checkpoint; every load checks the digests.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from files import UserError, beside, digest, sync_directory
+from model import GPT, GPT2_SIZES, GPTConfig
+from tokenizer import get_tokenizer
+
+FORMAT = "gpt2 checkpoint, version 1"
+NAME = re.compile(r"ckpt_(\d{6,})$")
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not as it was written."""
+
+
+def save(path, step, model, tokenizer="gpt2", optimizer=None, **meta):
+    """Write a checkpoint of model (and optimizer) as the directory `path`, which appears complete or not at all.
+
+    tokenizer: "gpt2" or the path of a tokenizer.json. meta: plain values for meta.json.
+    """
+    path = Path(path)
+    temporary, replaced = beside(path), beside(path.with_name(path.name + ".old"))
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file(contiguous(model.state_to_save()), temporary / "model.safetensors")
+        if optimizer is not None:
+            state = optimizer.state_dict()["state"]
+            tensors = {f"{i}.{key}": value for i, values in state.items() for key, value in values.items()}
+            save_file(contiguous(tensors), temporary / "optimizer.safetensors")
+        if tokenizer != "gpt2":
+            shutil.copyfile(tokenizer, temporary / "tokenizer.json")
+        files = {file.name: {"bytes": file.stat().st_size, "digest": digest(file)} for file in temporary.iterdir()}
+        body = dict(format=FORMAT, step=step, config=asdict(model.config), files=files, **meta)
+        (temporary / "meta.json").write_text(json.dumps({**body, "self": text_digest(body)}, indent=1), encoding="utf-8")
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        sync_directory(temporary)
+        if path.exists():  # a damaged one, or the last best: no directory can be renamed over it
+            os.rename(path, replaced)
+        os.rename(temporary, path)
+        sync_directory(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def contiguous(tensors):
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def text_digest(body):
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True))
+
+
+def read_meta(path):
+    """The meta.json of a checkpoint, once its files are proved whole. Raises DamagedCheckpoint with the reason."""
+    path = Path(path)
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        if meta.pop("self") != text_digest(meta):
+            raise DamagedCheckpoint(f"{path}/meta.json is damaged: its digest is not the one it states")
+        if meta["format"] != FORMAT:
+            raise DamagedCheckpoint(f"{path} is of the format {meta['format']!r}, this is {FORMAT!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, DamagedCheckpoint):
+            raise
+        raise DamagedCheckpoint(f"{path} is not a whole checkpoint: meta.json can't be read ({error!r})") from error
+    for name, expected in meta["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedCheckpoint(f"{file} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, {expected['bytes']} were written")
+        if digest(file) != expected["digest"]:
+            raise DamagedCheckpoint(f"{file} is damaged: its digest is not the one in meta.json")
+    return meta
+
+
+def load(path, device="cpu"):
+    """Read a checkpoint: (model in eval mode on `device`, meta). Raises DamagedCheckpoint."""
+    meta = read_meta(path)
+    try:
+        state = load_file(Path(path) / "model.safetensors", device=device)
+        return GPT.from_state(GPTConfig(**meta["config"]), state), meta
+    except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DamagedCheckpoint(f"{path}: the weights do not fit the model ({reason})") from error
+
+
+def load_optimizer(path, optimizer):
+    """Put the optimizer's tensors of a checkpoint back; its settings (learning rate, decay) stay the run's own."""
+    state = {}
+    for name, tensor in load_file(Path(path) / "optimizer.safetensors").items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def numbered(log_dir):
+    """The numbered checkpoints of a log directory, the newest first."""
+    found = [(int(NAME.match(path.name)[1]), path) for path in Path(log_dir).glob("ckpt_*") if NAME.match(path.name)]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def latest(log_dir):
+    """The newest valid checkpoint of a log directory, or None; and why each newer one was passed over."""
+    skipped = []
+    for path in numbered(log_dir):
+        try:
+            read_meta(path)
+            return path, skipped
+        except DamagedCheckpoint as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def prune(log_dir, keep):
+    """Remove all but the newest `keep` numbered checkpoints."""
+    for path in numbered(log_dir)[keep:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def clean(log_dir):
+    """Tidy up after a crash in the middle of a save: put back what was about to be replaced, remove the unfinished."""
+    for replaced in Path(log_dir).glob(".*.old.tmp"):
+        path = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old.tmp"))
+        if not path.exists():
+            os.rename(replaced, path)
+    for leftover in Path(log_dir).glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def resolve(source):
+    """What `-m SOURCE` means: "gpt2..." or a Hugging Face directory (str), or one checkpoint (Path).
+
+    A run's log directory stands for its newest valid checkpoint. Raises UserError if it is none of these.
+    """
+    path = Path(source)
+    if str(source) in GPT2_SIZES or (path / "config.json").is_file():
+        return str(source)
+    if (path / "meta.json").is_file() or NAME.match(path.name):
+        return path
+    if path.is_dir():
+        newest, skipped = latest(path)
+        if newest is not None:
+            return newest
+        if (path / "best").is_dir() and not skipped:
+            return path / "best"
+        raise UserError(f"{source} holds no valid checkpoint" + "".join(f"; {reason}" for reason in skipped))
+    kind = "is not a checkpoint directory" if path.exists() else "does not exist"
+    raise UserError(f"{source} {kind}: name one of {', '.join(GPT2_SIZES)}, a log directory (python train_gpt2.py "
+                    "makes one), a checkpoint in it, or a Hugging Face directory")  # fmt: skip
+
+
+def load_model(source, device="cpu"):
+    """The GPT that `source` names, in eval mode on `device`; for the sources see `resolve`. Raises UserError."""
+    source = resolve(source)
+    if isinstance(source, Path):
+        return load(source, device)[0]
+    try:
+        return GPT.from_pretrained(source).to(device)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{source} can't be loaded ({reason}); without network, give -m a local directory") from error
+
+
+def tokenizer_path(source):
+    """What `get_tokenizer` takes for the model that `source` names: the tokenizer.json beside its weights, or "gpt2"."""
+    path = Path(resolve(source)) / "tokenizer.json"
+    return str(path) if path.is_file() else "gpt2"
+
+
+def load_model_and_tokenizer(source, device="cpu"):
+    """The GPT that `source` names, as `load_model`, and its tiktoken.Encoding. Raises UserError."""
+    source = resolve(source)
+    model, tokenizer = load_model(source, device), get_tokenizer(tokenizer_path(source))
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}")
+    model.config.num_tokens = tokenizer.n_vocab  # a Hugging Face config doesn't tell tokens from padding
+    return model, tokenizer
+
+
+def pick_device(name=None):
+    """The device of that name, or the best that torch finds here: "cuda", "mps" or "cpu". Raises UserError."""
+    available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    name = name or available[0]
+    kind, _, index = name.partition(":")
+    if kind not in available or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"--device {name}: not on this machine, which has {', '.join(available)}")
+    return name

@@ -1,0 +1,475 @@
+"""FineWeb-Edu, or your own text, as shards of token ids: the one owner of the shard format.
+
+    python fineweb_edu.py                                                 # FineWeb-Edu's sample-10BT from the hub
+    python fineweb_edu.py --input my.txt more.jsonl.gz --data_dir data/my   # local text
+    python fineweb_edu.py --verify data/my                                # prove a directory against its manifest
+
+A shard is a .npy file of uint16 ids, one stream: <|endoftext|>, a document, <|endoftext|>, the next document, ...
+The first ids of the stream are the val split. manifest.json says what the shards were made from, and their digests.
+An interrupted preparation goes on behind its last complete shard and ends in the same bytes.
+FineWeb-Edu: https://arxiv.org/abs/2406.17557
+"""
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from files import UserError, atomic_write, digest, run
+from tokenizer import get_tokenizer
+
+MANIFEST = "manifest.json"
+FORMAT = "uint16 token shards, version 1"
+SHARD_NAME = re.compile(r"_(train|val)_(\d{6})\.npy$")
+BATCH_CHARS = 2**20  # text that one worker encodes at a time
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Tokenize FineWeb-Edu, another hub dataset or local files into uint16 shards.",
+        usage="python fineweb_edu.py [--input FILE ... | --dataset NAME --name CONFIG | --verify DIR] [--flag value ...]",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--input", nargs="+", metavar="FILE", help="local .txt, .jsonl, .jsonl.gz or .parquet files")
+    source.add_argument("--dataset", default="HuggingFaceFW/fineweb-edu", help="a dataset of the Hugging Face hub")
+    source.add_argument("--verify", metavar="DIR", help="check every shard of a directory against its manifest")
+    parser.add_argument("--name", help="the dataset's configuration (sample-10BT, unless --dataset is given)")
+    parser.add_argument("--data_dir", default="edu_fineweb10B", help="where the shards go")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or a file made by tokenizer.py")
+    parser.add_argument("--text_column", default="text", help="where .jsonl and .parquet hold the text")
+    parser.add_argument("--shard_size", type=int, default=10**8, help="tokens in a shard")
+    parser.add_argument("--val_tokens", type=int, help="tokens of the val split, the first of the stream (one shard; "
+                        "a tenth of an input smaller than two shards)")  # fmt: skip
+    parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="processes that encode")
+    args = parser.parse_args(argv)
+    for flag in ("shard_size", "val_tokens", "num_proc"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"argument --{flag}: must be at least 1")
+    if args.name is None and args.dataset == parser.get_default("dataset"):
+        args.name = "sample-10BT"
+    return args
+
+
+# reading: every source becomes one stream of texts
+
+
+def read_texts(path, column="text"):
+    """Yield the texts of a file in order, as (starts_document, text): a large .txt comes in several pieces.
+
+    Raises UserError, with file and line, for what can't be read or has no such column.
+    """
+    name = str(path)
+    try:
+        if name.endswith(".txt"):
+            with open(path, encoding="utf-8", newline="") as file:
+                yield from read_pieces(file)
+        elif name.endswith((".jsonl", ".jsonl.gz")):
+            with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield True, text_of_row(parse_json(line, f"{path}:{number}"), column, f"{path}:{number}")
+        elif name.endswith(".parquet"):
+            yield from read_parquet(path, column)
+        else:
+            raise UserError(f"{path}: not .txt, .jsonl, .jsonl.gz or .parquet")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it with iconv") from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: can't be read to its end ({error})") from error
+
+
+def read_pieces(file):
+    """A text file in pieces that encode as the whole does: no token spans the place between a visible character
+    and a newline, so it is cut there, and a file of any size fits into memory."""
+    rest, starts_document = "", True
+    while block := file.read(BATCH_CHARS):
+        rest += block
+        cut = re.search(r".*\S(?=\n)", rest, re.DOTALL)
+        if cut:
+            yield starts_document, rest[: cut.end()]
+            rest, starts_document = rest[cut.end() :], False
+    if rest:
+        yield starts_document, rest
+
+
+def parse_json(line, place):
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({error})") from None
+
+
+def text_of_row(row, column, place):
+    if not isinstance(row, dict) or column not in row:
+        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise UserError(f"{place}: no column {column!r}, only {has}; name the right one with --text_column")
+    if not isinstance(row[column], str):
+        raise UserError(f"{place}: column {column!r} holds {type(row[column]).__name__}, not text; --text_column?")
+    return row[column]
+
+
+def read_parquet(path, column):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                text_of_row(dict.fromkeys(file.schema_arrow.names), column, path)  # says which columns there are
+            number = 0
+            for rows in file.iter_batches(batch_size=256, columns=[column]):  # bounds memory, whatever the row groups
+                for text in rows.column(0).to_pylist():
+                    number += 1
+                    yield True, text_of_row({column: text}, column, f"{path}, row {number}")
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not a readable parquet file ({error})") from error
+
+
+def batches(path, column):
+    """The texts of a file in lists of about BATCH_CHARS characters: what a worker encodes at a time."""
+    batch, size = [], 0
+    for starts_document, text in read_texts(path, column):
+        batch.append((starts_document, text))
+        size += len(text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def hub_files(dataset, name):
+    """The files of a hub dataset's train split, as "hf://..." addresses that name the revision, or local paths.
+
+    Raises UserError if there is no network, no such dataset or no such configuration.
+    """
+    from datasets import load_dataset_builder
+
+    try:
+        builder = load_dataset_builder(dataset, name)
+        data_files = builder.config.data_files or {}
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--dataset {dataset}: {reason}. Without network, --input takes local files") from error
+    if "train" not in data_files:
+        raise UserError(f"--dataset {dataset}: no train split of plain files ({', '.join(data_files) or 'none'})")
+    return list(data_files["train"])
+
+
+def fetch(address):
+    """The local path of a file; one of the hub is downloaded into the hub's cache, or found there."""
+    if not address.startswith("hf://"):
+        return address
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
+    try:
+        file = HfFileSystem().resolve_path(address)
+        return hf_hub_download(file.repo_id, file.path_in_repo, repo_type="dataset", revision=file.revision)
+    except OSError as error:
+        raise UserError(f"{address} can't be fetched ({error}); the same command goes on from here") from error
+
+
+# encoding and writing
+
+
+def start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+
+    def leave_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)  # a parent that was killed can't tell its workers to stop
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def encode(batch, tokenizer):
+    """The ids of a batch of (starts_document, text), uint16, <|endoftext|> before each document."""
+    import numpy as np
+
+    encoding = get_tokenizer(tokenizer)
+    ids = []
+    for starts_document, text in batch:
+        if starts_document:
+            ids.append(encoding.eot_token)
+        ids.extend(encoding.encode_ordinary(text))
+    return np.array(ids, dtype=np.uint16)
+
+
+class ShardWriter:
+    """Cuts the stream of ids into shards and keeps the manifest, which says where in the source the next one begins."""
+
+    def __init__(self, data_dir, manifest):
+        self.data_dir, self.manifest = data_dir, manifest
+        self.prefix = "edufineweb" if data_dir.name == "edu_fineweb10B" else data_dir.resolve().name
+        self.pending = deque()  # (file, batch, offset, ids): what is not in a shard yet, and where it came from
+        self.buffered = 0
+
+    def add(self, file, batch, ids):
+        next_file, next_batch, offset = self.manifest["next"]
+        if (file, batch) == (next_file, next_batch) and not self.pending:
+            ids = ids[offset:]  # its beginning stands in the last shard already
+        else:
+            offset = 0
+        self.pending.append((file, batch, offset, ids))
+        self.buffered += len(ids)
+        size = self.manifest["shard_size"]
+        if self.manifest["val_tokens"] is None and self.buffered >= 2 * size:
+            self.manifest["val_tokens"] = size
+        while self.manifest["val_tokens"] is not None and self.buffered >= self.next_cut()[1]:
+            self.write(*self.next_cut())
+
+    def next_cut(self):
+        """The split and the size of the next shard."""
+        written = sum(shard["tokens"] for shard in self.manifest["shards"] if shard["split"] == "val")
+        left = self.manifest["val_tokens"] - written
+        size = self.manifest["shard_size"]
+        return ("val", min(left, size)) if left > 0 else ("train", size)
+
+    def write(self, split, size):
+        import numpy as np
+
+        parts, missing = [], size
+        while missing:
+            file, batch, offset, ids = self.pending.popleft()
+            parts.append(ids[:missing])
+            if len(ids) > missing:
+                self.pending.appendleft((file, batch, offset + missing, ids[missing:]))
+            missing -= len(parts[-1])
+        self.buffered -= size
+        path = self.data_dir / f"{self.prefix}_{split}_{len(self.manifest['shards']):06d}.npy"
+        with atomic_write(path, "wb") as out:
+            np.save(out, np.concatenate(parts))
+        entry = {"file": path.name, "split": split, "tokens": size, "bytes": path.stat().st_size, "digest": digest(path)}
+        self.manifest["shards"].append(entry)
+        self.manifest["next"] = self.pending[0][:3] if self.pending else (file, batch + 1, 0)
+        write_manifest(self.data_dir, self.manifest)
+
+    def finish(self):
+        if self.manifest["val_tokens"] is None:
+            self.manifest["val_tokens"] = max(1, self.buffered // 10)
+        total = sum(shard["tokens"] for shard in self.manifest["shards"]) + self.buffered
+        if total <= self.manifest["val_tokens"]:
+            raise UserError(f"--val_tokens {self.manifest['val_tokens']} leaves nothing to train on: {total} tokens in all")
+        while self.buffered:
+            split, size = self.next_cut()
+            self.write(split, min(size, self.buffered))
+        self.manifest["complete"] = True
+        del self.manifest["next"]
+        write_manifest(self.data_dir, self.manifest)
+
+
+def write_manifest(data_dir, manifest):
+    with atomic_write(Path(data_dir) / MANIFEST) as file:
+        json.dump(manifest, file, indent=1)
+
+
+def read_manifest(data_dir):
+    """The manifest of a directory of shards, or None if it has none (build-nanogpt's have none)."""
+    path = Path(data_dir) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT or not {"tokenizer", "num_tokens", "complete", "shards"} <= manifest.keys():
+            raise ValueError(f"it is not one of {FORMAT!r}")
+        return manifest
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} can't be used ({error!r}); prepare the data anew") from error
+
+
+def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size=10**8, val_tokens=None, num_proc=1):
+    """Encode files (paths or hub addresses, in this order) into the shards of data_dir; return the manifest.
+
+    source: a dict for the manifest that says where the files are from. What an interrupted call finished is kept.
+    Raises UserError for unusable input, and if data_dir holds shards of something else.
+    """
+    from tqdm import tqdm
+
+    data_dir = Path(data_dir)
+    encoding = get_tokenizer(tokenizer)
+    if encoding.n_vocab > 2**16:
+        raise UserError(f"tokenizer {tokenizer} has {encoding.n_vocab} ids, a uint16 shard holds ids below 65536")
+    request = {
+        "format": FORMAT,
+        "source": source,
+        "text_column": column,
+        "tokenizer": "gpt2" if tokenizer == "gpt2" else {"file": "tokenizer.json", "digest": digest(tokenizer)},
+        "num_tokens": encoding.n_vocab,
+        "shard_size": shard_size,
+        "val_tokens_asked": val_tokens,
+    }
+    manifest = read_manifest(data_dir)
+    if manifest is None:
+        if any(SHARD_NAME.search(path.name) for path in data_dir.glob("*.npy")):
+            raise UserError(f"{data_dir} holds shards of unknown origin: remove them or choose another --data_dir")
+        manifest = {**request, "val_tokens": val_tokens, "complete": False, "next": (0, 0, 0), "shards": []}
+    different = [key for key in request if manifest.get(key) != request[key]]
+    if different:
+        raise UserError(f"{data_dir} holds a preparation with another {', '.join(different)}: choose another --data_dir")
+    if manifest["complete"]:
+        print(f"{data_dir} is prepared already; --verify {data_dir} checks it")
+        return manifest
+
+    data_dir.mkdir(parents=True, exist_ok=True)
+    for leftover in data_dir.glob(".*.tmp"):
+        leftover.unlink()
+    if tokenizer != "gpt2":
+        shutil.copyfile(tokenizer, data_dir / "tokenizer.json")
+    writer = ShardWriter(data_dir, manifest)
+    if manifest["shards"]:
+        print(f"{data_dir}: going on behind {manifest['shards'][-1]['file']}")
+    done = sum(shard["tokens"] for shard in manifest["shards"])
+    progress = tqdm(unit=" tokens", unit_scale=True, initial=done, desc=data_dir.name, disable=not sys.stderr.isatty())
+    if num_proc > 1:  # spawned, for a fork is not safe beside threads
+        pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=start_worker)
+    else:
+        pool = ThreadPoolExecutor(1)
+    in_flight = deque()  # (file, batch, future), in the stream's order and few: memory stays bounded
+
+    def collect():
+        file, batch, future = in_flight.popleft()
+        ids = future.result()
+        progress.update(len(ids))
+        writer.add(file, batch, ids)
+
+    with pool, progress:
+        try:
+            first_file, first_batch, _ = manifest["next"]
+            for file in range(first_file, len(files)):
+                batch = -1
+                for batch, texts in enumerate(batches(fetch(files[file]), column)):
+                    if (file, batch) >= (first_file, first_batch):
+                        in_flight.append((file, batch, pool.submit(encode, texts, tokenizer)))
+                    while len(in_flight) > 2 * num_proc:
+                        collect()
+                if batch < 0:
+                    raise UserError(f"{files[file]}: no text in it")
+            while in_flight:
+                collect()
+        except BrokenProcessPool:
+            sys.exit("error: a worker was killed, by the system when memory runs out; the same command, perhaps with a "
+                     "smaller --num_proc, goes on behind the last shard")  # fmt: skip
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    writer.finish()
+    return manifest
+
+
+# opening and verifying
+
+
+def open_shards(data_dir, split):
+    """The shards of a split in order, memory-mapped: a list of (path, uint16 array). Sizes and headers are checked.
+
+    Raises UserError that names the first file which is missing, damaged or not what the manifest says.
+    """
+    import numpy as np
+
+    data_dir = Path(data_dir)
+    manifest = read_manifest(data_dir)
+    if manifest is not None and not manifest["complete"]:
+        raise UserError(f"{data_dir}: its preparation was interrupted; run the same fineweb_edu.py command again")
+    found = {path.name: path for path in data_dir.glob("*.npy") if SHARD_NAME.search(path.name)}
+    if manifest is not None:
+        expected = {shard["file"]: shard for shard in manifest["shards"]}
+        for name in sorted(expected.keys() ^ found.keys()):
+            what = "is missing" if name in expected else f"is not in {MANIFEST}"
+            raise UserError(f"{data_dir / name} {what}; prepare the data anew, or restore it")
+    names = sorted(name for name in found if SHARD_NAME.search(name).group(1) == split)
+    if not names:
+        raise UserError(f"no {split} shards in {data_dir}; python fineweb_edu.py --data_dir {data_dir} makes them")
+    numbers = [int(SHARD_NAME.search(name).group(2)) for name in names]
+    for before, after in zip(numbers, numbers[1:]):
+        if after != before + 1:
+            raise UserError(f"{data_dir}: {split} shard {before + 1:06d} is missing between {before:06d} and {after:06d}")
+
+    shards = []
+    for name in names:
+        path = found[name]
+        size = path.stat().st_size
+        if manifest is not None and size != expected[name]["bytes"]:
+            raise UserError(f"{path} has {size} bytes, its manifest says {expected[name]['bytes']}; prepare it anew")
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{path} is not a whole .npy file ({error}); prepare it anew") from error
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise UserError(f"{path} holds {tokens.ndim}-D {tokens.dtype}, not 1-D uint16; prepare it anew")
+        if manifest is not None and len(tokens) != expected[name]["tokens"]:
+            raise UserError(f"{path} has {len(tokens)} tokens, its manifest says {expected[name]['tokens']}")
+        shards.append((path, tokens))
+    return shards
+
+
+def tokenizer_of(data_dir):
+    """What the shards of a directory were encoded with: "gpt2", or the path of its tokenizer.json."""
+    manifest = read_manifest(data_dir)
+    if manifest is None or manifest["tokenizer"] == "gpt2":
+        return "gpt2"
+    path = Path(data_dir) / manifest["tokenizer"]["file"]
+    if not path.exists() or digest(path) != manifest["tokenizer"]["digest"]:
+        raise UserError(f"{path} is missing or not the tokenizer that encoded these shards; prepare the data anew")
+    return str(path)
+
+
+def identity(data_dir):
+    """A text that changes with the shards of a directory, whatever the directory's place."""
+    manifest = Path(data_dir) / MANIFEST
+    if manifest.exists():
+        return digest(manifest)
+    return "unverified: " + ", ".join(f"{path.name} {path.stat().st_size}" for path in sorted(Path(data_dir).glob("*.npy")))
+
+
+def verify(data_dir):
+    """Check digests and ids of every shard against the manifest; return the number of tokens. Raises UserError."""
+    manifest = read_manifest(data_dir)
+    if manifest is None:
+        raise UserError(f"{data_dir} has no {MANIFEST} to verify it against")
+    tokenizer_of(data_dir)
+    total = 0
+    for split in ("val", "train"):
+        for path, tokens in open_shards(data_dir, split):
+            entry = next(shard for shard in manifest["shards"] if shard["file"] == path.name)
+            if digest(path) != entry["digest"]:
+                raise UserError(f"{path} has changed since it was written: its digest is not the manifest's")
+            if tokens.max() >= manifest["num_tokens"]:
+                offset = int((tokens >= manifest["num_tokens"]).argmax())
+                raise UserError(f"{path} holds id {tokens[offset]} at {offset}, the tokenizer ends at {manifest['num_tokens'] - 1}")
+            total += len(tokens)
+    return total
+
+
+def main(args):
+    if args.verify:
+        print(f"{args.verify}: {verify(args.verify):,} tokens, all as the manifest says")
+        return
+    if args.input:
+        files = args.input
+        for path in files:
+            if not Path(path).is_file():
+                raise UserError(f"--input {path}: no such file")
+        source = {"files": [{"name": Path(path).name, "bytes": Path(path).stat().st_size} for path in files]}
+    else:
+        files = hub_files(args.dataset, args.name)
+        source = {"dataset": args.dataset, "name": args.name, "files": files}
+    settings = dict(tokenizer=args.tokenizer, column=args.text_column, shard_size=args.shard_size)
+    manifest = prepare(files, args.data_dir, source, val_tokens=args.val_tokens, num_proc=args.num_proc, **settings)
+    tokens = {split: sum(s["tokens"] for s in manifest["shards"] if s["split"] == split) for split in ("train", "val")}
+    print(f"{args.data_dir}: {len(manifest['shards'])} shards, {tokens['train']:,} train and {tokens['val']:,} val tokens")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -1,0 +1,114 @@
+"""Text from a GPT-2, streamed as it is generated.
+
+    python sample.py                                   # the newest checkpoint of log/
+    python sample.py -m gpt2 -p "Once upon a time" -n 3
+    python sample.py -m log -p @prompt.txt --temperature 0
+
+Without -p, on a terminal, it asks for prompts until an empty line.
+"""
+
+import argparse
+import codecs
+import sys
+from pathlib import Path
+
+from files import UserError, run
+
+PROMPT = "Hello, I'm a language model,"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Continue a prompt with a GPT-2, published or your own.",
+        usage="python sample.py [-m MODEL] [-p PROMPT|@FILE] [-n SAMPLES] [--flag value ...]",
+    )
+    parser.add_argument("-m", "--model_type", default="log", help="a run's log directory (its newest checkpoint), one "
+                        "checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory")  # fmt: skip
+    parser.add_argument("-d", "--device", help="cuda, mps or cpu (found by itself)")
+    parser.add_argument("-p", "--prompt", help='text, or @FILE; "" starts a new document')
+    parser.add_argument("-n", "--num_samples", type=int, default=1, help="continuations of the prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="it ends earlier at <|endoftext|>")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top_p", type=float, help="draw from the likeliest tokens that together reach p only")
+    parser.add_argument("--seed", type=int, default=1337)
+    args = parser.parse_args(argv)
+    if args.num_samples < 1:
+        parser.error("argument -n: must be at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
+
+import torch  # noqa: E402
+
+from checkpoint import load_model_and_tokenizer, pick_device  # noqa: E402
+from model import check_sampling  # noqa: E402
+
+
+def encode_prompt(prompt, tokenizer):
+    """Ids of a prompt, (1, T); <|endoftext|> in it means the token, and an empty prompt is one."""
+    ids = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]
+    return torch.tensor([ids])
+
+
+def print_samples(model, tokenizer, prompt, num_samples, max_new_tokens, generator=None, **settings):
+    """Print `num_samples` continuations of a prompt, up to <|endoftext|> each.
+
+    They are generated as one batch; the first is printed token by token, the others once it is complete.
+    settings: temperature, top_k, top_p as for GPT.stream.
+    """
+    idx = encode_prompt(prompt, tokenizer).repeat(num_samples, 1).to(model.lm_head.weight.device)  # (B, T)
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may take several tokens
+    rows, ended = [], False
+    print(prompt, end="", flush=True)
+    for new in model.stream(idx, max_new_tokens, generator=generator, **settings):
+        rows.append(new)
+        if not ended:
+            ended = new[0].item() == tokenizer.eot_token
+            print(utf8.decode(b"" if ended else tokenizer.decode_single_token_bytes(new[0].item())), end="", flush=True)
+        if ended and num_samples == 1:
+            break
+    print(utf8.decode(b"", final=True))
+    for row in torch.cat(rows, dim=1)[1:].tolist() if rows else []:
+        end = row.index(tokenizer.eot_token) if tokenizer.eot_token in row else len(row)
+        print("-" * 40, prompt + tokenizer.decode(row[:end]), sep="\n", flush=True)
+
+
+def prompts(args):
+    """The prompt that was given, or those that a person types."""
+    if args.prompt is None and sys.stdin.isatty():
+        while prompt := input("prompt> "):
+            yield prompt
+    elif args.prompt is not None and args.prompt.startswith("@"):
+        try:
+            yield Path(args.prompt[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"-p {args.prompt}: can't be read as text ({error})") from error
+    else:
+        yield PROMPT if args.prompt is None else args.prompt
+
+
+def main(args):
+    settings = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    try:
+        check_sampling(torch.zeros(1, 1), args.max_new_tokens, **settings)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    sys.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8 shows a ? and goes on
+    device = pick_device(args.device)
+    model, tokenizer = load_model_and_tokenizer(args.model_type, device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    try:
+        for prompt in prompts(args):
+            tokens = encode_prompt(prompt, tokenizer).size(1)
+            if tokens > model.config.block_size:
+                print(f"the prompt has {tokens} tokens, the model reads the last {model.config.block_size}", file=sys.stderr)
+            print_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, generator, **settings)
+    except EOFError:  # Ctrl-D at the prompt
+        print()
+
+
+if __name__ == "__main__":
+    run(main, args)
