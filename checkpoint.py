@@ -7,8 +7,8 @@
         meta.json               step, config, the run's identity, and a digest of each file and of itself
     LOG_DIR/best/             the same without the optimizer: the lowest validation loss so far
 
-A checkpoint named N has consumed exactly the batches 0..N-1. It is written beside its place and renamed, so that
-a name stands for a whole checkpoint; every load checks the digests.
+A checkpoint named N has consumed exactly the batches 0..N-1. It is written beside its place and renamed, so
+that a name stands for a whole checkpoint; every load checks the digests.
 """
 
 import json
@@ -35,7 +35,7 @@ class DamagedCheckpoint(UserError):
 
 
 def save(path, step, model, tokenizer="gpt2", optimizer=None, **meta):
-    """Write a checkpoint of model (and optimizer) as the directory `path`, which appears complete or not at all.
+    """Write a checkpoint of model (and optimizer) as the directory `path`: it appears complete or not at all.
 
     tokenizer: "gpt2" or the path of a tokenizer.json. meta: plain values for meta.json.
     """
@@ -52,9 +52,11 @@ def save(path, step, model, tokenizer="gpt2", optimizer=None, **meta):
             save_file(contiguous(tensors), temporary / "optimizer.safetensors")
         if tokenizer != "gpt2":
             shutil.copyfile(tokenizer, temporary / "tokenizer.json")
-        files = {file.name: {"bytes": file.stat().st_size, "digest": digest(file)} for file in temporary.iterdir()}
+        files = {file.name: {"bytes": file.stat().st_size, "digest": digest(file)}
+                 for file in temporary.iterdir()}
         body = dict(format=FORMAT, step=step, config=asdict(model.config), files=files, **meta)
-        (temporary / "meta.json").write_text(json.dumps({**body, "self": text_digest(body)}, indent=1), encoding="utf-8")
+        text = json.dumps({**body, "self": text_digest(body)}, indent=1)
+        (temporary / "meta.json").write_text(text, encoding="utf-8")
         for file in temporary.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -80,7 +82,7 @@ def text_digest(body):
 
 
 def read_meta(path):
-    """The meta.json of a checkpoint, once its files are proved whole. Raises DamagedCheckpoint with the reason."""
+    """A checkpoint's meta.json, once its files are proved whole. Raises DamagedCheckpoint with the reason."""
     path = Path(path)
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
@@ -91,13 +93,15 @@ def read_meta(path):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DamagedCheckpoint):
             raise
-        raise DamagedCheckpoint(f"{path} is not a whole checkpoint: meta.json can't be read ({error!r})") from error
+        raise DamagedCheckpoint(f"{path} is not a whole checkpoint: "
+                                f"meta.json can't be read ({error!r})") from error
     for name, expected in meta["files"].items():
         file = path / name
         if not file.is_file():
             raise DamagedCheckpoint(f"{file} is missing")
         if file.stat().st_size != expected["bytes"]:
-            raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, {expected['bytes']} were written")
+            raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, "
+                                    f"{expected['bytes']} were written")
         if digest(file) != expected["digest"]:
             raise DamagedCheckpoint(f"{file} is damaged: its digest is not the one in meta.json")
     return meta
@@ -115,7 +119,7 @@ def load(path, device="cpu"):
 
 
 def load_optimizer(path, optimizer):
-    """Put the optimizer's tensors of a checkpoint back; its settings (learning rate, decay) stay the run's own."""
+    """Put a checkpoint's optimizer tensors back; the settings (learning rate, decay) stay the run's own."""
     state = {}
     for name, tensor in load_file(Path(path) / "optimizer.safetensors").items():
         index, key = name.split(".", 1)
@@ -125,7 +129,8 @@ def load_optimizer(path, optimizer):
 
 def numbered(log_dir):
     """The numbered checkpoints of a log directory, the newest first."""
-    found = [(int(NAME.match(path.name)[1]), path) for path in Path(log_dir).glob("ckpt_*") if NAME.match(path.name)]
+    found = [(int(NAME.match(path.name)[1]), path)
+             for path in Path(log_dir).glob("ckpt_*") if NAME.match(path.name)]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -148,7 +153,7 @@ def prune(log_dir, keep):
 
 
 def clean(log_dir):
-    """Tidy up after a crash in the middle of a save: put back what was about to be replaced, remove the unfinished."""
+    """Tidy up after a crash in mid-save: put back what was about to be replaced, remove the unfinished."""
     for replaced in Path(log_dir).glob(".*.old.tmp"):
         path = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old.tmp"))
         if not path.exists():
@@ -175,12 +180,12 @@ def resolve(source):
             return path / "best"
         raise UserError(f"{source} holds no valid checkpoint" + "".join(f"; {reason}" for reason in skipped))
     kind = "is not a checkpoint directory" if path.exists() else "does not exist"
-    raise UserError(f"{source} {kind}: name one of {', '.join(GPT2_SIZES)}, a log directory (python train_gpt2.py "
-                    "makes one), a checkpoint in it, or a Hugging Face directory")  # fmt: skip
+    raise UserError(f"{source} {kind}: name one of {', '.join(GPT2_SIZES)}, a log directory "
+                    "(python train_gpt2.py makes one), a checkpoint in it, or a Hugging Face directory")
 
 
 def load_model(source, device="cpu"):
-    """The GPT that `source` names, in eval mode on `device`; for the sources see `resolve`. Raises UserError."""
+    """The GPT that `source` names (see `resolve`), in eval mode on `device`. Raises UserError."""
     source = resolve(source)
     if isinstance(source, Path):
         return load(source, device)[0]
@@ -188,11 +193,12 @@ def load_model(source, device="cpu"):
         return GPT.from_pretrained(source).to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{source} can't be loaded ({reason}); without network, give -m a local directory") from error
+        raise UserError(f"{source} can't be loaded ({reason}); "
+                        "without network, give -m a local directory") from error
 
 
 def tokenizer_path(source):
-    """What `get_tokenizer` takes for the model that `source` names: the tokenizer.json beside its weights, or "gpt2"."""
+    """What `get_tokenizer` takes for the model `source`: the tokenizer.json beside its weights, or "gpt2"."""
     path = Path(resolve(source)) / "tokenizer.json"
     return str(path) if path.is_file() else "gpt2"
 
@@ -202,13 +208,14 @@ def load_model_and_tokenizer(source, device="cpu"):
     source = resolve(source)
     model, tokenizer = load_model(source, device), get_tokenizer(tokenizer_path(source))
     if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}")
+        raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} ids, "
+                        f"the model {model.config.vocab_size}")
     model.config.num_tokens = tokenizer.n_vocab  # a Hugging Face config doesn't tell tokens from padding
     return model, tokenizer
 
 
 def pick_device(name=None):
-    """The device of that name, or the best that torch finds here: "cuda", "mps" or "cpu". Raises UserError."""
+    """The device of that name, or the best torch finds here: "cuda", "mps" or "cpu". Raises UserError."""
     available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
     name = name or available[0]
     kind, _, index = name.partition(":")

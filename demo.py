@@ -1,7 +1,7 @@
 """A dataset that needs no network: the documentation that every Python installation carries.
 
-The docstrings of the standard library and the topics of its language reference, some 2 MB of plain English, with a
-tokenizer of 2,048 ids learned on them. `python train_gpt2.py @configs/demo.txt` makes it on first use.
+The docstrings of the standard library and the topics of its language reference, some 2 MB of plain English,
+with a tokenizer of 2,048 ids learned on them. `python train_gpt2.py @configs/demo.txt` makes it on first use.
 """
 
 import ast
@@ -17,10 +17,11 @@ from tokenizer import train
 
 
 def documents():
-    """The texts, each once, in an order shuffled by a fixed seed; nothing is imported but the reference's topics."""
+    """The texts, each once, shuffled by a fixed seed; nothing is imported but the reference's topics."""
     from pydoc_data.topics import topics
 
-    found = dict.fromkeys(topics[name].strip() for name in sorted(topics))  # a dict keeps order and drops doubles
+    # a dict keeps order and drops doubles
+    found = dict.fromkeys(topics[name].strip() for name in sorted(topics))
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         if {"test", "tests", "site-packages", "dist-packages"} & set(path.relative_to(library).parts):
@@ -40,14 +41,15 @@ def documents():
 
 
 def prepare_demo(data_dir):
-    """Write the documentation as shards, with a tokenizer learned on it, into data_dir unless they are there."""
+    """Write the documentation as shards, and a tokenizer learned on it, to data_dir unless they are there."""
     manifest = read_manifest(data_dir)
     if manifest and manifest["complete"]:
         return
     print(f"gathering Python's own documentation into {data_dir} ...", flush=True)
     texts = documents()
     if sum(map(len, texts)) < 10**6:
-        raise UserError("--demo_data: this Python carries hardly any documentation; install its full standard library")
+        raise UserError("--demo_data: this Python carries hardly any documentation; "
+                        "install its full standard library")
     sources = Path(data_dir) / "sources"
     sources.mkdir(parents=True, exist_ok=True)
     with atomic_write(sources / "python_docs.jsonl") as file:

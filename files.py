@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake in a flag or in a file. Its text is the one line that the user sees: what is wrong, and the remedy."""
+    """A mistake in a flag or a file. Its text is the one line the user sees: what is wrong and the remedy."""
 
 
 def run(main, args):
@@ -27,13 +27,13 @@ def run(main, args):
 
 
 def beside(path):
-    """Where the file or directory `path` is written until it is complete; a leftover of a crash is told by its name."""
+    """Where the file or directory `path` is written until complete; its name tells a leftover of a crash."""
     return path.with_name(f".{path.name}.tmp")
 
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
-    """Open a file that appears as `path` only once it is complete and on the disk: a crash leaves the old one."""
+    """Open a file that appears as `path` only once complete and on the disk: a crash leaves the old one."""
     path = Path(path)
     temporary = beside(path)
     try:
@@ -59,7 +59,7 @@ def sync_directory(path):
 
 
 def digest(path):
-    """The XXH3 digest of a file, as text. It finds damage at the speed of memory; it doesn't stop a forger."""
+    """The XXH3 digest of a file, as text. It finds damage at memory speed; it doesn't stop a forger."""
     import xxhash
 
     with open(path, "rb") as file:

@@ -1,12 +1,13 @@
 """FineWeb-Edu, or your own text, as shards of token ids: the one owner of the shard format.
 
-    python fineweb_edu.py                                                 # FineWeb-Edu's sample-10BT from the hub
-    python fineweb_edu.py --input my.txt more.jsonl.gz --data_dir data/my   # local text
-    python fineweb_edu.py --verify data/my                                # prove a directory against its manifest
+    python fineweb_edu.py                                                  # FineWeb-Edu's sample-10BT (hub)
+    python fineweb_edu.py --input my.txt more.jsonl.gz --data_dir data/my  # local text
+    python fineweb_edu.py --verify data/my                                 # prove shards by their manifest
 
-A shard is a .npy file of uint16 ids, one stream: <|endoftext|>, a document, <|endoftext|>, the next document, ...
-The first ids of the stream are the val split. manifest.json says what the shards were made from, and their digests.
-An interrupted preparation goes on behind its last complete shard and ends in the same bytes.
+A shard is a .npy file of uint16 ids, one stream: <|endoftext|>, a document, <|endoftext|>, the next
+document, ... The first ids of the stream are the val split. manifest.json says what the shards were made
+from, and their digests. An interrupted preparation goes on behind its last complete shard and ends in the
+same bytes.
 FineWeb-Edu: https://arxiv.org/abs/2406.17557
 """
 
@@ -37,19 +38,24 @@ BATCH_CHARS = 2**20  # text that one worker encodes at a time
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Tokenize FineWeb-Edu, another hub dataset or local files into uint16 shards.",
-        usage="python fineweb_edu.py [--input FILE ... | --dataset NAME --name CONFIG | --verify DIR] [--flag value ...]",
+        usage="python fineweb_edu.py [--input FILE ... | --dataset NAME --name CONFIG | --verify DIR] "
+              "[--flag value ...]",
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--input", nargs="+", metavar="FILE", help="local .txt, .jsonl, .jsonl.gz or .parquet files")
-    source.add_argument("--dataset", default="HuggingFaceFW/fineweb-edu", help="a dataset of the Hugging Face hub")
-    source.add_argument("--verify", metavar="DIR", help="check every shard of a directory against its manifest")
+    source.add_argument("--input", nargs="+", metavar="FILE",
+                        help="local .txt, .jsonl, .jsonl.gz or .parquet files")
+    source.add_argument("--dataset", default="HuggingFaceFW/fineweb-edu",
+                        help="a dataset of the Hugging Face hub")
+    source.add_argument("--verify", metavar="DIR",
+                        help="check every shard of a directory against its manifest")
     parser.add_argument("--name", help="the dataset's configuration (sample-10BT, unless --dataset is given)")
     parser.add_argument("--data_dir", default="edu_fineweb10B", help="where the shards go")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or a file made by tokenizer.py")
     parser.add_argument("--text_column", default="text", help="where .jsonl and .parquet hold the text")
     parser.add_argument("--shard_size", type=int, default=10**8, help="tokens in a shard")
-    parser.add_argument("--val_tokens", type=int, help="tokens of the val split, the first of the stream (one shard; "
-                        "a tenth of an input smaller than two shards)")  # fmt: skip
+    parser.add_argument("--val_tokens", type=int,
+                        help="tokens of the val split, the first of the stream "
+                             "(one shard; a tenth of an input smaller than two shards)")
     parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="processes that encode")
     args = parser.parse_args(argv)
     for flag in ("shard_size", "val_tokens", "num_proc"):
@@ -77,7 +83,8 @@ def read_texts(path, column="text"):
             with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
-                        yield True, text_of_row(parse_json(line, f"{path}:{number}"), column, f"{path}:{number}")
+                        place = f"{path}:{number}"
+                        yield True, text_of_row(parse_json(line, place), column, place)
         elif name.endswith(".parquet"):
             yield from read_parquet(path, column)
         else:
@@ -91,8 +98,8 @@ def read_texts(path, column="text"):
 
 
 def read_pieces(file):
-    """A text file in pieces that encode as the whole does: no token spans the place between a visible character
-    and a newline, so it is cut there, and a file of any size fits into memory."""
+    """A text file in pieces that encode as the whole does: no token spans the place between a visible
+    character and a newline, so it is cut there, and a file of any size fits into memory."""
     rest, starts_document = "", True
     while block := file.read(BATCH_CHARS):
         rest += block
@@ -116,7 +123,8 @@ def text_of_row(row, column, place):
         has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{place}: no column {column!r}, only {has}; name the right one with --text_column")
     if not isinstance(row[column], str):
-        raise UserError(f"{place}: column {column!r} holds {type(row[column]).__name__}, not text; --text_column?")
+        raise UserError(f"{place}: column {column!r} holds {type(row[column]).__name__}, not text; "
+                        "--text_column?")
     return row[column]
 
 
@@ -127,9 +135,11 @@ def read_parquet(path, column):
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
-                text_of_row(dict.fromkeys(file.schema_arrow.names), column, path)  # says which columns there are
+                # says which columns there are
+                text_of_row(dict.fromkeys(file.schema_arrow.names), column, path)
             number = 0
-            for rows in file.iter_batches(batch_size=256, columns=[column]):  # bounds memory, whatever the row groups
+            # in batches: that bounds memory, whatever the row groups
+            for rows in file.iter_batches(batch_size=256, columns=[column]):
                 for text in rows.column(0).to_pylist():
                     number += 1
                     yield True, text_of_row({column: text}, column, f"{path}, row {number}")
@@ -151,7 +161,7 @@ def batches(path, column):
 
 
 def hub_files(dataset, name):
-    """The files of a hub dataset's train split, as "hf://..." addresses that name the revision, or local paths.
+    """The files of a hub dataset's train split: "hf://..." addresses that name the revision, or local paths.
 
     Raises UserError if there is no network, no such dataset or no such configuration.
     """
@@ -162,9 +172,11 @@ def hub_files(dataset, name):
         data_files = builder.config.data_files or {}
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--dataset {dataset}: {reason}. Without network, --input takes local files") from error
+        raise UserError(f"--dataset {dataset}: {reason}. "
+                        "Without network, --input takes local files") from error
     if "train" not in data_files:
-        raise UserError(f"--dataset {dataset}: no train split of plain files ({', '.join(data_files) or 'none'})")
+        raise UserError(f"--dataset {dataset}: no train split of plain files "
+                        f"({', '.join(data_files) or 'none'})")
     return list(data_files["train"])
 
 
@@ -178,7 +190,8 @@ def fetch(address):
         file = HfFileSystem().resolve_path(address)
         return hf_hub_download(file.repo_id, file.path_in_repo, repo_type="dataset", revision=file.revision)
     except OSError as error:
-        raise UserError(f"{address} can't be fetched ({error}); the same command goes on from here") from error
+        raise UserError(f"{address} can't be fetched ({error}); "
+                        "the same command goes on from here") from error
 
 
 # encoding and writing
@@ -208,12 +221,14 @@ def encode(batch, tokenizer):
 
 
 class ShardWriter:
-    """Cuts the stream of ids into shards and keeps the manifest, which says where in the source the next one begins."""
+    """Cuts the stream of ids into shards and keeps the manifest, which says where in the source the next
+    one begins."""
 
     def __init__(self, data_dir, manifest):
         self.data_dir, self.manifest = data_dir, manifest
         self.prefix = "edufineweb" if data_dir.name == "edu_fineweb10B" else data_dir.resolve().name
-        self.pending = deque()  # (file, batch, offset, ids): what is not in a shard yet, and where it came from
+        # (file, batch, offset, ids): what is not in a shard yet, and where it came from
+        self.pending = deque()
         self.buffered = 0
 
     def add(self, file, batch, ids):
@@ -251,7 +266,8 @@ class ShardWriter:
         path = self.data_dir / f"{self.prefix}_{split}_{len(self.manifest['shards']):06d}.npy"
         with atomic_write(path, "wb") as out:
             np.save(out, np.concatenate(parts))
-        entry = {"file": path.name, "split": split, "tokens": size, "bytes": path.stat().st_size, "digest": digest(path)}
+        entry = {"file": path.name, "split": split, "tokens": size,
+                 "bytes": path.stat().st_size, "digest": digest(path)}
         self.manifest["shards"].append(entry)
         self.manifest["next"] = self.pending[0][:3] if self.pending else (file, batch + 1, 0)
         write_manifest(self.data_dir, self.manifest)
@@ -261,7 +277,8 @@ class ShardWriter:
             self.manifest["val_tokens"] = max(1, self.buffered // 10)
         total = sum(shard["tokens"] for shard in self.manifest["shards"]) + self.buffered
         if total <= self.manifest["val_tokens"]:
-            raise UserError(f"--val_tokens {self.manifest['val_tokens']} leaves nothing to train on: {total} tokens in all")
+            raise UserError(f"--val_tokens {self.manifest['val_tokens']} leaves nothing to train on: "
+                            f"{total} tokens in all")
         while self.buffered:
             split, size = self.next_cut()
             self.write(split, min(size, self.buffered))
@@ -280,7 +297,8 @@ def read_manifest(data_dir):
     path = Path(data_dir) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT or not {"tokenizer", "num_tokens", "complete", "shards"} <= manifest.keys():
+        needed = {"tokenizer", "num_tokens", "complete", "shards"}
+        if manifest["format"] != FORMAT or not needed <= manifest.keys():
             raise ValueError(f"it is not one of {FORMAT!r}")
         return manifest
     except FileNotFoundError:
@@ -289,23 +307,26 @@ def read_manifest(data_dir):
         raise UserError(f"{path} can't be used ({error!r}); prepare the data anew") from error
 
 
-def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size=10**8, val_tokens=None, num_proc=1):
+def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size=10**8, val_tokens=None,
+            num_proc=1):
     """Encode files (paths or hub addresses, in this order) into the shards of data_dir; return the manifest.
 
-    source: a dict for the manifest that says where the files are from. What an interrupted call finished is kept.
-    Raises UserError for unusable input, and if data_dir holds shards of something else.
+    source: a dict for the manifest that says where the files are from. What an interrupted call finished is
+    kept. Raises UserError for unusable input, and if data_dir holds shards of something else.
     """
     from tqdm import tqdm
 
     data_dir = Path(data_dir)
     encoding = get_tokenizer(tokenizer)
     if encoding.n_vocab > 2**16:
-        raise UserError(f"tokenizer {tokenizer} has {encoding.n_vocab} ids, a uint16 shard holds ids below 65536")
+        raise UserError(f"tokenizer {tokenizer} has {encoding.n_vocab} ids, "
+                        "a uint16 shard holds ids below 65536")
     request = {
         "format": FORMAT,
         "source": source,
         "text_column": column,
-        "tokenizer": "gpt2" if tokenizer == "gpt2" else {"file": "tokenizer.json", "digest": digest(tokenizer)},
+        "tokenizer": "gpt2" if tokenizer == "gpt2"
+                     else {"file": "tokenizer.json", "digest": digest(tokenizer)},
         "num_tokens": encoding.n_vocab,
         "shard_size": shard_size,
         "val_tokens_asked": val_tokens,
@@ -313,11 +334,13 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
     manifest = read_manifest(data_dir)
     if manifest is None:
         if any(SHARD_NAME.search(path.name) for path in data_dir.glob("*.npy")):
-            raise UserError(f"{data_dir} holds shards of unknown origin: remove them or choose another --data_dir")
+            raise UserError(f"{data_dir} holds shards of unknown origin: "
+                            "remove them or choose another --data_dir")
         manifest = {**request, "val_tokens": val_tokens, "complete": False, "next": (0, 0, 0), "shards": []}
     different = [key for key in request if manifest.get(key) != request[key]]
     if different:
-        raise UserError(f"{data_dir} holds a preparation with another {', '.join(different)}: choose another --data_dir")
+        raise UserError(f"{data_dir} holds a preparation with another {', '.join(different)}: "
+                        "choose another --data_dir")
     if manifest["complete"]:
         print(f"{data_dir} is prepared already; --verify {data_dir} checks it")
         return manifest
@@ -331,7 +354,8 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
     if manifest["shards"]:
         print(f"{data_dir}: going on behind {manifest['shards'][-1]['file']}")
     done = sum(shard["tokens"] for shard in manifest["shards"])
-    progress = tqdm(unit=" tokens", unit_scale=True, initial=done, desc=data_dir.name, disable=not sys.stderr.isatty())
+    progress = tqdm(unit=" tokens", unit_scale=True, initial=done, desc=data_dir.name,
+                    disable=not sys.stderr.isatty())
     if num_proc > 1:  # spawned, for a fork is not safe beside threads
         pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=start_worker)
     else:
@@ -359,8 +383,8 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
             while in_flight:
                 collect()
         except BrokenProcessPool:
-            sys.exit("error: a worker was killed, by the system when memory runs out; the same command, perhaps with a "
-                     "smaller --num_proc, goes on behind the last shard")  # fmt: skip
+            sys.exit("error: a worker was killed, by the system when memory runs out; the same command, "
+                     "perhaps with a smaller --num_proc, goes on behind the last shard")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -372,16 +396,18 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
 
 
 def open_shards(data_dir, split):
-    """The shards of a split in order, memory-mapped: a list of (path, uint16 array). Sizes and headers are checked.
+    """The shards of a split in order, memory-mapped: a list of (path, uint16 array).
 
-    Raises UserError that names the first file which is missing, damaged or not what the manifest says.
+    Sizes and headers are checked. Raises UserError that names the first file which is missing, damaged or
+    not what the manifest says.
     """
     import numpy as np
 
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)
     if manifest is not None and not manifest["complete"]:
-        raise UserError(f"{data_dir}: its preparation was interrupted; run the same fineweb_edu.py command again")
+        raise UserError(f"{data_dir}: its preparation was interrupted; "
+                        "run the same fineweb_edu.py command again")
     found = {path.name: path for path in data_dir.glob("*.npy") if SHARD_NAME.search(path.name)}
     if manifest is not None:
         expected = {shard["file"]: shard for shard in manifest["shards"]}
@@ -390,18 +416,21 @@ def open_shards(data_dir, split):
             raise UserError(f"{data_dir / name} {what}; prepare the data anew, or restore it")
     names = sorted(name for name in found if SHARD_NAME.search(name).group(1) == split)
     if not names:
-        raise UserError(f"no {split} shards in {data_dir}; python fineweb_edu.py --data_dir {data_dir} makes them")
+        raise UserError(f"no {split} shards in {data_dir}; "
+                        f"python fineweb_edu.py --data_dir {data_dir} makes them")
     numbers = [int(SHARD_NAME.search(name).group(2)) for name in names]
     for before, after in zip(numbers, numbers[1:]):
         if after != before + 1:
-            raise UserError(f"{data_dir}: {split} shard {before + 1:06d} is missing between {before:06d} and {after:06d}")
+            raise UserError(f"{data_dir}: {split} shard {before + 1:06d} is missing "
+                            f"between {before:06d} and {after:06d}")
 
     shards = []
     for name in names:
         path = found[name]
         size = path.stat().st_size
         if manifest is not None and size != expected[name]["bytes"]:
-            raise UserError(f"{path} has {size} bytes, its manifest says {expected[name]['bytes']}; prepare it anew")
+            raise UserError(f"{path} has {size} bytes, its manifest says {expected[name]['bytes']}; "
+                            "prepare it anew")
         try:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
@@ -421,7 +450,8 @@ def tokenizer_of(data_dir):
         return "gpt2"
     path = Path(data_dir) / manifest["tokenizer"]["file"]
     if not path.exists() or digest(path) != manifest["tokenizer"]["digest"]:
-        raise UserError(f"{path} is missing or not the tokenizer that encoded these shards; prepare the data anew")
+        raise UserError(f"{path} is missing or not the tokenizer that encoded these shards; "
+                        "prepare the data anew")
     return str(path)
 
 
@@ -430,11 +460,12 @@ def identity(data_dir):
     manifest = Path(data_dir) / MANIFEST
     if manifest.exists():
         return digest(manifest)
-    return "unverified: " + ", ".join(f"{path.name} {path.stat().st_size}" for path in sorted(Path(data_dir).glob("*.npy")))
+    shards = sorted(Path(data_dir).glob("*.npy"))
+    return "unverified: " + ", ".join(f"{path.name} {path.stat().st_size}" for path in shards)
 
 
 def verify(data_dir):
-    """Check digests and ids of every shard against the manifest; return the number of tokens. Raises UserError."""
+    """Check every shard's digest and ids by the manifest; return the number of tokens. Raises UserError."""
     manifest = read_manifest(data_dir)
     if manifest is None:
         raise UserError(f"{data_dir} has no {MANIFEST} to verify it against")
@@ -447,7 +478,8 @@ def verify(data_dir):
                 raise UserError(f"{path} has changed since it was written: its digest is not the manifest's")
             if tokens.max() >= manifest["num_tokens"]:
                 offset = int((tokens >= manifest["num_tokens"]).argmax())
-                raise UserError(f"{path} holds id {tokens[offset]} at {offset}, the tokenizer ends at {manifest['num_tokens'] - 1}")
+                raise UserError(f"{path} holds id {tokens[offset]} at {offset}, "
+                                f"the tokenizer ends at {manifest['num_tokens'] - 1}")
             total += len(tokens)
     return total
 
@@ -466,9 +498,12 @@ def main(args):
         files = hub_files(args.dataset, args.name)
         source = {"dataset": args.dataset, "name": args.name, "files": files}
     settings = dict(tokenizer=args.tokenizer, column=args.text_column, shard_size=args.shard_size)
-    manifest = prepare(files, args.data_dir, source, val_tokens=args.val_tokens, num_proc=args.num_proc, **settings)
-    tokens = {split: sum(s["tokens"] for s in manifest["shards"] if s["split"] == split) for split in ("train", "val")}
-    print(f"{args.data_dir}: {len(manifest['shards'])} shards, {tokens['train']:,} train and {tokens['val']:,} val tokens")
+    manifest = prepare(files, args.data_dir, source, val_tokens=args.val_tokens, num_proc=args.num_proc,
+                       **settings)
+    tokens = {split: sum(s["tokens"] for s in manifest["shards"] if s["split"] == split)
+              for split in ("train", "val")}
+    print(f"{args.data_dir}: {len(manifest['shards'])} shards, "
+          f"{tokens['train']:,} train and {tokens['val']:,} val tokens")
 
 
 if __name__ == "__main__":

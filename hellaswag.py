@@ -3,9 +3,9 @@
     python hellaswag.py -m gpt2 -d cuda
     python hellaswag.py -m log                # the newest checkpoint of a run
 
-The completion protocol of the published GPT-2 reproductions: each ending is scored by the cross-entropy of its
-tokens behind the context. `acc` takes the ending with the lowest sum, `acc_norm` the one with the lowest mean.
-OpenAI's 124M reaches acc 0.2859, acc_norm 0.2955; the XL 0.3842 and 0.4893; chance is 0.25.
+The completion protocol of the published GPT-2 reproductions: each ending is scored by the cross-entropy of
+its tokens behind the context. `acc` takes the ending with the lowest sum, `acc_norm` the one with the lowest
+mean. OpenAI's 124M reaches acc 0.2859, acc_norm 0.2955; the XL 0.3842 and 0.4893; chance is 0.25.
 """
 
 import argparse
@@ -22,12 +22,15 @@ DATA = Path("hellaswag/hellaswag_val.jsonl")
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Evaluate a GPT-2, published or your own, on HellaSwag's validation set.",
-        usage="[torchrun --nproc_per_node=N] hellaswag.py -m MODEL [-d DEVICE] [--data FILE] [--limit N] [--json OUT]",
+        usage="[torchrun --nproc_per_node=N] hellaswag.py -m MODEL [-d DEVICE] [--data FILE] "
+              "[--limit N] [--json OUT]",
     )
-    parser.add_argument("-m", "--model_type", default="gpt2", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging "
-                        "Face directory, a run's log directory or one checkpoint")  # fmt: skip
+    parser.add_argument("-m", "--model_type", default="gpt2",
+                        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face directory, "
+                             "a run's log directory or one checkpoint")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (found by itself)")
-    parser.add_argument("--data", help=f"a local .jsonl; by default the validation set, downloaded once to {DATA}")
+    parser.add_argument("--data",
+                        help=f"a local .jsonl; by default the validation set, downloaded once to {DATA}")
     parser.add_argument("--limit", type=int, help="only the first N examples")
     parser.add_argument("--json", metavar="OUT", help="write the result to this file, - for the terminal")
     args = parser.parse_args(argv)
@@ -48,7 +51,7 @@ from checkpoint import load_model_and_tokenizer  # noqa: E402
 def download(path=DATA, url=URL, rows=VALIDATION_ROWS):
     """Fetch HellaSwag's validation set to `path`, unless it is there; return the path.
 
-    Raises UserError if it can't be reached, or what came is not the `rows` examples; nothing is left of it then.
+    Raises UserError, and leaves nothing, if it can't be reached or what came is not the `rows` examples.
     """
     import urllib.error
     import urllib.request
@@ -64,10 +67,12 @@ def download(path=DATA, url=URL, rows=VALIDATION_ROWS):
                 file.write(block)
         count = sum(1 for _ in iterate_examples(arriving))
         if count != rows:
-            raise UserError(f"{url} sent {count} examples, not {rows}: try again, or name a good copy with --data")
+            raise UserError(f"{url} sent {count} examples, not {rows}: try again, "
+                            "or name a good copy with --data")
         arriving.replace(path)
     except OSError as error:  # URLError and a status other than 200 are among them
-        raise UserError(f"{url} can't be fetched ({error}); copy it to {path}, or name a copy with --data") from error
+        raise UserError(f"{url} can't be fetched ({error}); copy it to {path}, "
+                        "or name a copy with --data") from error
     finally:
         arriving.unlink(missing_ok=True)
     return path
@@ -102,7 +107,7 @@ def check_example(line, place):
 
 
 def render_example(example, tokenizer):
-    """The token ids of an example: the context, and the four endings as they follow it, each behind a space."""
+    """The token ids of an example: the context, and four endings as they follow it, each behind a space."""
     context = tokenizer.encode_ordinary(example["ctx"])
     return context, [tokenizer.encode_ordinary(" " + ending) for ending in example["endings"]]
 
@@ -110,13 +115,14 @@ def render_example(example, tokenizer):
 class Row:
     """One row of a batch: a context and endings that all see it, but not each other.
 
-    A model reads the context once for all its endings. Each token knows its segment (0 is the context, 1, 2, ... the
-    endings) and its position, which restarts behind the context for each ending.
+    A model reads the context once for all its endings. Each token knows its segment (0 is the context,
+    1, 2, ... the endings) and its position, which restarts behind the context for each ending.
     """
 
     def __init__(self, context, endings, places):
         self.ids, self.positions, self.segments = list(context), list(range(len(context))), [0] * len(context)
-        self.scored_at, self.targets, self.places = [], [], []  # where a prediction is scored, its target, whose it is
+        # where a prediction is scored, its target, whose it is
+        self.scored_at, self.targets, self.places = [], [], []
         for segment, (ending, place) in enumerate(zip(endings, places), start=1):
             first = len(self.ids)
             self.scored_at += [len(context) - 1, *range(first, first + len(ending) - 1)]
@@ -130,7 +136,8 @@ class Row:
 def rows_of(index, context, endings, block_size):
     """The rows that score an example, and how many of its endings had to be cut to the model's context.
 
-    A sequence longer than block_size + 1 keeps its last block_size + 1 tokens; what is left of the ending is scored.
+    A sequence longer than block_size + 1 keeps its last block_size + 1 tokens; what is left of the ending
+    is scored.
     """
     places = [4 * index + i for i in range(len(endings))]
     cut = [len(context) + len(ending) > block_size + 1 for ending in endings]
@@ -147,7 +154,8 @@ def rows_of(index, context, endings, block_size):
 def make_batches(rows, batch_tokens):
     """Rows of similar length together, at most batch_tokens with their padding (but one row at least)."""
     batches, batch = [], []
-    for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):  # the largest first: memory runs out at once
+    # the largest first: memory runs out at once
+    for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
         if batch and len(batch[0].ids) * (len(batch) + 1) > batch_tokens:
             batches.append(batch)
             batch = []
@@ -175,12 +183,14 @@ def score_batch(model, batch, device):
     return model.token_losses(features.flatten(0, 1)[scored], targets)
 
 
-def evaluate(model, tokenizer, examples, batch_tokens=None, rank=0, world_size=1, before_batch=lambda: None, progress=False):
-    """Score a list of examples with a GPT in eval mode; every rank of a process group returns the whole result.
+def evaluate(model, tokenizer, examples, batch_tokens=None, rank=0, world_size=1,
+             before_batch=lambda: None, progress=False):
+    """Score a list of examples with a GPT in eval mode; all ranks of a process group return the whole result.
 
-    Returns a dict: n, acc, acc_norm, acc_stderr, acc_norm_stderr, endings_cut (sequences longer than the model's
-    context) and predictions, predictions_norm (lists of n). before_batch is called before each batch, the same number
-    of times on every rank, and may raise to leave. batch_tokens bounds the tokens of a forward pass.
+    Returns a dict: n, acc, acc_norm, acc_stderr, acc_norm_stderr, endings_cut (sequences longer than the
+    model's context) and predictions, predictions_norm (lists of n). before_batch is called before each
+    batch, the same number of times on every rank, and may raise to leave. batch_tokens bounds the tokens of
+    a forward pass.
     """
     device = next(model.parameters()).device
     batch_tokens = batch_tokens or (2**16 if device.type == "cuda" else 2**11)
@@ -195,7 +205,8 @@ def evaluate(model, tokenizer, examples, batch_tokens=None, rank=0, world_size=1
     counts = torch.zeros(4 * len(examples), dtype=torch.float64)
     batches = make_batches(rows, batch_tokens)
     scored = []
-    for first in tqdm(range(0, len(batches), world_size), desc="HellaSwag", unit="batch", disable=not progress):
+    for first in tqdm(range(0, len(batches), world_size), desc="HellaSwag", unit="batch",
+                      disable=not progress):
         before_batch()
         if first + rank < len(batches):
             batch = batches[first + rank]
@@ -216,8 +227,10 @@ def evaluate(model, tokenizer, examples, batch_tokens=None, rank=0, world_size=1
     for name, right in (("acc", predictions == labels), ("acc_norm", predictions_norm == labels)):
         p = right.double().mean().item()
         result[name] = p
-        result[f"{name}_stderr"] = (p * (1 - p) / max(1, len(examples) - 1)) ** 0.5  # as lm-evaluation-harness has it
-    result.update(endings_cut=endings_cut, predictions=predictions.tolist(), predictions_norm=predictions_norm.tolist())
+        # as lm-evaluation-harness has it
+        result[f"{name}_stderr"] = (p * (1 - p) / max(1, len(examples) - 1)) ** 0.5
+    result.update(endings_cut=endings_cut, predictions=predictions.tolist(),
+                  predictions_norm=predictions_norm.tolist())
     return result
 
 

@@ -1,8 +1,9 @@
-"""GPT-2, the whole of it: the decoder-only transformer of "Language Models are Unsupervised Multitask Learners"
-(Radford et al., 2019), with OpenAI's parameter names, so that its published weights load as they are.
+"""GPT-2, the whole of it: the decoder-only transformer of "Language Models are Unsupervised Multitask
+Learners" (Radford et al., 2019), with OpenAI's parameter names, so its published weights load as they are.
 
 Pre-norm blocks, tanh-GELU, learned positions, and one matrix that both embeds the tokens and predicts them.
-Shapes are commented with B = batch, T = time (tokens), C = n_embd, nh = heads, hs = head size, V = vocab_size.
+Shapes are commented with B = batch, T = time (tokens), C = n_embd, nh = heads, hs = head size,
+V = vocab_size.
 """
 
 import math
@@ -20,12 +21,13 @@ GPT2_SIZES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
 
-# what the tensor cores can do at most, dense 16-bit products with fp32 accumulation, FLOP/s: NVIDIA's datasheets.
-# The first name that the device's name contains counts, so the narrower names stand first.
+# what the tensor cores can do at most, dense 16-bit products with fp32 accumulation, FLOP/s: NVIDIA's
+# datasheets. The first name that the device's name contains counts, so the narrower names stand first.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12, "A6000": 155e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
+    "RTX 4090": 165e12, "RTX 3090": 71e12, "A6000": 155e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12,
+    "T4": 65e12,
+}
 
 # logits held in memory at a time while the loss is computed: 128 MiB of fp32 on a CPU, 1 GiB on a GPU
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28, "mps": 2**26}
@@ -33,16 +35,16 @@ LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28, "mps": 2**26}
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT-2; the defaults are the 124M. Raises ValueError for a shape that no model can have."""
+    """The shape of a GPT-2; the defaults are the 124M. Raises ValueError for a shape no model can have."""
 
     block_size: int = 1024  # the longest context, in tokens
-    vocab_size: int = 50304  # rows of the embedding: 50257 padded to a multiple of 128, which GPUs multiply faster
+    vocab_size: int = 50304  # embedding rows: 50257 padded to a multiple of 128, which GPUs multiply faster
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in the linear layers and LayerNorms, as GPT-2 has it
-    num_tokens: int | None = None  # ids that the tokenizer knows, the rest is padding; None: GPT-2's 50257 at most
+    num_tokens: int | None = None  # ids the tokenizer knows, the rest is padding; None: at most GPT-2's 50257
 
     def __post_init__(self):
         if self.num_tokens is None:
@@ -60,7 +62,7 @@ class GPTConfig:
 
 
 class KVCache:
-    """The keys and values of the tokens seen so far, for every layer: what one more token needs to attend to."""
+    """The keys and values of the tokens seen so far, for every layer: what one more token attends to."""
 
     def __init__(self, config, batch_size, device, dtype):
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
@@ -69,7 +71,7 @@ class KVCache:
         self.length = 0  # tokens that all layers hold
 
     def append(self, layer, k, v):
-        """Store k, v (B, nh, T, hs) behind the tokens held; return all that is held, (B, nh, length + T, hs)."""
+        """Store k, v (B, nh, T, hs) behind the tokens held; return all there is, (B, nh, length + T, hs)."""
         end = self.length + k.size(2)
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -82,7 +84,8 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values in one
+        # queries, keys and values in one
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -94,11 +97,15 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
-            assert cache.length == 0 or T == 1, "a cache that holds tokens takes one more at a time: no mask is made"
+            assert cache.length == 0 or T == 1, (
+                "a cache that holds tokens takes one more at a time: no mask is made"
+            )
             k, v = cache.append(self.layer, k, v)
-        # the causal mask: each token attends to itself and to those before it. A single query behind a cache sees all.
+        # the causal mask: each token attends to itself and to those before it. A single query behind a
+        # cache sees all.
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=self.dropout if self.training else 0.0
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            dropout_p=self.dropout if self.training else 0.0,
         )
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -108,7 +115,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate="tanh")  # GPT-2 was trained with the approximation; the exact one differs
+        # GPT-2 was trained with the approximation; the exact one differs
+        self.gelu = nn.GELU(approximate="tanh")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True
         self.dropout = nn.Dropout(config.dropout)
@@ -132,10 +140,10 @@ class Block(nn.Module):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x @ weight.T, with only `LOGITS_AT_ONCE` of them in memory at any time.
+    """Mean cross-entropy of the logits x @ weight.T, with only `LOGITS_AT_ONCE` of them in memory at a time.
 
-    The loss is the last thing computed, so its gradient needs nothing from later: each slice of logits is turned
-    into gradients at once and dropped. Nothing is computed twice.
+    The loss is the last thing computed, so its gradient needs nothing from later: each slice of logits is
+    turned into gradients at once and dropped. Nothing is computed twice.
     """
 
     @staticmethod
@@ -153,7 +161,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 log_z = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
                 correct = targets[rows].unsqueeze(-1)  # (n, 1)
                 loss += (log_z - logits.gather(-1, correct)).sum()
-                # d loss / d logits = softmax - one_hot, as a sum: fp16 would lose small values to the 1/N of the mean
+                # d loss / d logits = softmax - one_hot, as a sum: fp16 would lose small values to the
+                # 1/N of the mean
                 dlogits = logits.sub_(log_z).exp_()
                 dlogits.scatter_add_(-1, correct, torch.full_like(log_z, -1.0))
                 dlogits = dlogits.to(dtype)
@@ -194,7 +203,8 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        # GPT-2's initialisation: 0.02, and what adds to the residual stream scaled down by the number of additions
+        # GPT-2's initialisation: 0.02, and what adds to the residual stream scaled down by the number
+        # of additions
         if isinstance(module, nn.Linear):
             std = 0.02
             if hasattr(module, "is_residual_projection"):
@@ -208,7 +218,7 @@ class GPT(nn.Module):
     def features(self, idx, positions=None, mask=None, cache=None):
         """What the head reads: the final LayerNorm's output, (B, T, C), for token ids idx (B, T).
 
-        positions (B, T) or (T,): where the tokens stand, by default one after the other behind those in the cache.
+        positions (B, T) or (T,): where the tokens stand, by default in order behind those in the cache.
         mask (B, 1, T, T) bool: who attends to whom, by default causal. cache: a KVCache, which is filled.
         """
         T = idx.size(1)
@@ -227,7 +237,8 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """idx (B, T) token ids -> logits (B, T, V), None; with targets (B, T) -> None, mean loss in nats per token."""
+        """idx (B, T) token ids -> logits (B, T, V), None;
+        with targets (B, T) -> None, mean loss in nats per token."""
         x = self.features(idx)
         if targets is None:
             return self.lm_head(x), None
@@ -255,9 +266,10 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Yield the next token of every prompt in idx (B, T), max_new_tokens times: (B, 1) ids.
 
-        temperature 0 takes the likeliest token; top_k keeps the k likeliest; top_p keeps the likeliest that together
-        reach that probability (https://arxiv.org/abs/1904.09751). generator: the torch.Generator to draw from.
-        Once the context is full, it goes on from its last half. Raises ValueError for settings that mean nothing.
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest; top_p keeps the likeliest that
+        together reach that probability (https://arxiv.org/abs/1904.09751). generator: the torch.Generator to
+        draw from. Once the context is full, it goes on from its last half. Raises ValueError for settings
+        that mean nothing.
         """
         check_sampling(idx, max_new_tokens, temperature, top_k, top_p)
         block_size = self.config.block_size
@@ -283,14 +295,15 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
     def num_params(self, non_embedding=False):
-        """Number of parameters, the tied matrix counted once; non_embedding leaves the positions out, as nanoGPT."""
+        """Number of parameters, the tied matrix once; non_embedding leaves the positions out, as nanoGPT."""
         count = sum(p.numel() for p in self.parameters())
         return count - self.transformer.wpe.weight.numel() if non_embedding else count
 
     def flops_per_token(self, sequence_length):
         """Training FLOPs per token by the convention of PaLM (appendix B) and nanoGPT: 6 N + 12 L T C.
 
-        N are the weights of the matrix products, the head's among them; attention counts in full, its masked half too.
+        N are the weights of the matrix products, the head's among them; attention counts in full, with its
+        masked half.
         """
         c = self.config
         matrices = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and "wpe" not in name)
@@ -326,9 +339,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source):
-        """A GPT-2 with the weights of "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a Hugging Face directory.
+        """A GPT with the weights of "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a Hugging Face folder.
 
-        Raises ValueError for a model that is not a GPT-2 as published, OSError where it can't be found or fetched.
+        Raises ValueError for what is not a GPT-2 as published, OSError where it can't be found or fetched.
         """
         from transformers import AutoConfig, GPT2LMHeadModel
 
@@ -336,13 +349,14 @@ class GPT(nn.Module):
         if hf_config.model_type != "gpt2":
             raise ValueError(f"{source} is a {hf_config.model_type}, not a GPT-2")
         as_published = dict(
-            activation_function=("gelu_new", "gelu_pytorch_tanh"), layer_norm_epsilon=(1e-5,), tie_word_embeddings=(True,),
-            scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
-            n_inner=(None, 4 * hf_config.n_embd),
-        )  # fmt: skip
+            activation_function=("gelu_new", "gelu_pytorch_tanh"), layer_norm_epsilon=(1e-5,),
+            tie_word_embeddings=(True,), scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
+            add_cross_attention=(False,), n_inner=(None, 4 * hf_config.n_embd),
+        )
         for name, expected in as_published.items():
             if getattr(hf_config, name) not in expected:
-                raise ValueError(f"{source} has {name}={getattr(hf_config, name)!r}, GPT-2 has {expected[0]!r}")
+                raise ValueError(f"{source} has {name}={getattr(hf_config, name)!r}, "
+                                 f"GPT-2 has {expected[0]!r}")
 
         shape = dict(n_layer=hf_config.n_layer, n_head=hf_config.n_head, n_embd=hf_config.n_embd)
         config = GPTConfig(hf_config.n_positions, hf_config.vocab_size, **shape)
@@ -351,10 +365,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state(cls, config, state):
-        """The model that `config` and its state dict describe, in eval mode; the tensors of `state` become its own."""
+        """The model of `config` and its state dict, in eval mode; the tensors of `state` become its own."""
         with torch.device("meta"):  # nothing is allocated or initialised that the state dict brings anyway
             model = cls(config)
-        state = {"lm_head.weight": state["transformer.wte.weight"], **state}  # files hold the tied matrix once
+        # files hold the tied matrix once
+        state = {"lm_head.weight": state["transformer.wte.weight"], **state}
         model.load_state_dict(state, assign=True)
         model.lm_head.weight = model.transformer.wte.weight  # assigning untied them
         return model.requires_grad_(True).eval()
@@ -364,7 +379,7 @@ class GPT(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if name != "lm_head.weight"}
 
     def save_pretrained(self, directory):
-        """Write a Hugging Face directory that `GPT2LMHeadModel.from_pretrained` reads, its vocabulary not padded.
+        """Write a Hugging Face directory for `GPT2LMHeadModel.from_pretrained`, its vocabulary not padded.
 
         Raises ValueError for a model without biases, which that class can't express.
         """
@@ -374,10 +389,11 @@ class GPT(nn.Module):
         if not c.bias:
             raise ValueError("a GPT-2 of Hugging Face always has biases, this model has none (bias=False)")
         hf_config = GPT2Config(
-            vocab_size=c.num_tokens, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            vocab_size=c.num_tokens, n_positions=c.block_size,
+            n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
             resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
             bos_token_id=c.num_tokens - 1, eos_token_id=c.num_tokens - 1,
-        )  # fmt: skip
+        )
         state = {name: from_hf(name, tensor.detach().cpu()) for name, tensor in self.state_to_save().items()}
         state["transformer.wte.weight"] = state["transformer.wte.weight"][: c.num_tokens]
         state["lm_head.weight"] = state["transformer.wte.weight"]
@@ -387,8 +403,8 @@ class GPT(nn.Module):
 
 
 def from_hf(name, tensor):
-    """A tensor of Hugging Face's GPT-2 as this model has it, and the other way round: OpenAI's Conv1D is a Linear
-    whose weight is stored transposed. attn.c_proj is square, so that no shape would tell."""
+    """A tensor of Hugging Face's GPT-2 as this model has it, and the other way round: OpenAI's Conv1D is a
+    Linear whose weight is stored transposed. attn.c_proj is square, so that no shape would tell."""
     conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     return tensor.t().contiguous() if name.endswith(conv1d) else tensor
 

@@ -22,15 +22,17 @@ def parse_args(argv=None):
         description="Continue a prompt with a GPT-2, published or your own.",
         usage="python sample.py [-m MODEL] [-p PROMPT|@FILE] [-n SAMPLES] [--flag value ...]",
     )
-    parser.add_argument("-m", "--model_type", default="log", help="a run's log directory (its newest checkpoint), one "
-                        "checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory")  # fmt: skip
+    parser.add_argument("-m", "--model_type", default="log",
+                        help="a run's log directory (its newest checkpoint), one checkpoint, "
+                             "gpt2, gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (found by itself)")
     parser.add_argument("-p", "--prompt", help='text, or @FILE; "" starts a new document')
     parser.add_argument("-n", "--num_samples", type=int, default=1, help="continuations of the prompt")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="it ends earlier at <|endoftext|>")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
-    parser.add_argument("--top_p", type=float, help="draw from the likeliest tokens that together reach p only")
+    parser.add_argument("--top_p", type=float,
+                        help="draw from the likeliest tokens that together reach p only")
     parser.add_argument("--seed", type=int, default=1337)
     args = parser.parse_args(argv)
     if args.num_samples < 1:
@@ -67,7 +69,8 @@ def print_samples(model, tokenizer, prompt, num_samples, max_new_tokens, generat
         rows.append(new)
         if not ended:
             ended = new[0].item() == tokenizer.eot_token
-            print(utf8.decode(b"" if ended else tokenizer.decode_single_token_bytes(new[0].item())), end="", flush=True)
+            piece = b"" if ended else tokenizer.decode_single_token_bytes(new[0].item())
+            print(utf8.decode(piece), end="", flush=True)
         if ended and num_samples == 1:
             break
     print(utf8.decode(b"", final=True))
@@ -104,8 +107,10 @@ def main(args):
         for prompt in prompts(args):
             tokens = encode_prompt(prompt, tokenizer).size(1)
             if tokens > model.config.block_size:
-                print(f"the prompt has {tokens} tokens, the model reads the last {model.config.block_size}", file=sys.stderr)
-            print_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, generator, **settings)
+                print(f"the prompt has {tokens} tokens, the model reads the last {model.config.block_size}",
+                      file=sys.stderr)
+            print_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, generator,
+                          **settings)
     except EOFError:  # Ctrl-D at the prompt
         print()
 

@@ -39,31 +39,36 @@ def get_tokenizer(name="gpt2"):
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: a wrong digest
             raise UserError(
-                "GPT-2's vocabulary can't be fetched: no network? Copy the two files from where they are cached, "
-                "6d1cbeee0f20b3d9449abfede4726ed8212e3aee (vocab.bpe) and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 "
-                "(encoder.json), into a folder and set TIKTOKEN_CACHE_DIR to it "
-                f"({type(error).__name__})"
+                "GPT-2's vocabulary can't be fetched: no network? Copy the two files from where they are "
+                "cached, 6d1cbeee0f20b3d9449abfede4726ed8212e3aee (vocab.bpe) and "
+                "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 (encoder.json), into a folder and set "
+                f"TIKTOKEN_CACHE_DIR to it ({type(error).__name__})"
             ) from error
     from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 cuts text into words
 
     try:
         spec = json.loads(Path(name).read_text(encoding="utf-8"))
-        ranks = {to_bytes(token): rank for token, rank in spec["model"]["vocab"].items() if token != END_OF_TEXT}
+        vocab = spec["model"]["vocab"]
+        ranks = {to_bytes(token): rank for token, rank in vocab.items() if token != END_OF_TEXT}
         special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        encoding = tiktoken.Encoding(Path(name).stem, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+        encoding = tiktoken.Encoding(Path(name).stem, pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                                     special_tokens=special)
         assert sorted(ranks.values()) == list(range(len(ranks))), "its ids are not 0, 1, 2, ..."
         assert END_OF_TEXT in special, f"it has no {END_OF_TEXT}"
     except FileNotFoundError:
-        raise UserError(f"no tokenizer {name}: name 'gpt2' or a file made by `python tokenizer.py train`") from None
+        raise UserError(f"no tokenizer {name}: name 'gpt2' or a file made by "
+                        "`python tokenizer.py train`") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"{name} is not a tokenizer made by `python tokenizer.py train`: {error!r}") from error
+        raise UserError(f"{name} is not a tokenizer made by "
+                        f"`python tokenizer.py train`: {error!r}") from error
     return encoding
 
 
 @functools.cache
 def byte_symbols():
     """GPT-2's way to write each byte as a visible character: itself where it is one, else one from 256 on."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+               *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
@@ -75,8 +80,8 @@ def to_bytes(token):
 def train(texts, vocab_size, path):
     """Learn a GPT-2-style byte-level BPE from an iterable of str and write it to `path` as a tokenizer.json.
 
-    Returns the number of ids, less than vocab_size where the text holds too few different pairs.
-    Raises UserError if vocab_size is outside 257 (256 bytes and <|endoftext|>) to 65536 (what a uint16 can name).
+    Returns the number of ids, less than vocab_size where the text holds too few different pairs. Raises
+    UserError if vocab_size is outside 257 (256 bytes and <|endoftext|>) to 65536 (what a uint16 can name).
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -89,8 +94,9 @@ def train(texts, vocab_size, path):
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
 
-    # tiktoken joins any two neighbours whose union is a token, the earliest learned first. Listed so, the merges
-    # make the tokenizers library do the same: as merges were learned, each token would be reached by one way only.
+    # tiktoken joins any two neighbours whose union is a token, the earliest learned first. Listed so, the
+    # merges make the tokenizers library do the same: as merges were learned, each token would be reached by
+    # one way only.
     vocab = bpe.get_vocab(with_added_tokens=False)
     ways = [
         (vocab[token], vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:])

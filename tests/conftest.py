@@ -1,0 +1,93 @@
+"""What the tests share: small data made here, the scripts run as a user runs them, real data where it is.
+
+GPT2_TEST_DATA names a folder with tinyshakespeare.txt and hellaswag_val_sample.jsonl, TIKTOKEN_CACHE_DIR one with
+GPT-2's vocabulary. Tests that need them skip with the reason where they are missing.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+# a GPT that trains in seconds on the shards below; everything else is off unless a test asks for it
+TINY = ("--n_layer 2 --n_head 2 --n_embd 32 --vocab_size 512 --sequence_length 32 --micro_batch_size 4 "
+        "--total_batch_size 256 --max_steps 12 --warmup_steps 3 --max_lr 3e-3 --val_every 4 --val_tokens 1000 "
+        "--hellaswag_every 0 --sample_every 0 --save_every 4 --device cpu --no-compile").split()
+
+
+def run_script(*command, check=True, env=None, timeout=280):
+    """Run one of the scripts, or `torchrun N script`, as a user would; returns the finished process."""
+    if command[0] == "torchrun":
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={command[1]}"]
+        command = [*launcher, *command[2:]]
+    process = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env={**os.environ, **(env or {})}, timeout=timeout,
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )
+    assert not check or process.returncode == 0, process.stdout + process.stderr
+    return process
+
+
+def refused(process, *words):
+    """Whether a script ended as a user's mistake must: status 2, one line, and the line names these words."""
+    line = process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 2, (process.returncode, process.stderr)
+    assert "Traceback" not in process.stderr
+    assert all(str(word) in line for word in words), line
+    return True
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """English of some 460 KB that every Python carries, in documents."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+@pytest.fixture(scope="session")
+def learned(texts, tmp_path_factory):
+    """A tokenizer of 512 ids."""
+    from tokenizer import train
+
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    assert train(texts, 512, path) == 512
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def shards(texts, learned, tmp_path_factory):
+    """A directory of several shards, encoded with the learned tokenizer."""
+    import json
+
+    from fineweb_edu import prepare
+
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "topics.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = {"files": "topics"}
+    prepare([str(folder / "topics.jsonl")], folder / "data", source, tokenizer=learned, shard_size=50_000,
+            val_tokens=10_000)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer():
+    from files import UserError
+    from tokenizer import get_tokenizer
+
+    try:
+        return get_tokenizer("gpt2")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    if "GPT2_TEST_DATA" not in os.environ:
+        pytest.skip("GPT2_TEST_DATA is not set")
+    return Path(os.environ["GPT2_TEST_DATA"])

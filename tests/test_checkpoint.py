@@ -1,0 +1,134 @@
+"""Checkpoints: whole or not there, proved on every load, and never a pickle."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import DamagedCheckpoint
+from files import UserError
+from model import GPT, GPTConfig
+
+
+def trained(steps=2, seed=0):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size=16, vocab_size=512, n_layer=2, n_head=2, n_embd=16))
+    optimizer = model.configure_optimizers(0.1, 1e-3, "cpu")
+    for _ in range(steps):
+        train_step(model, optimizer)
+    return model, optimizer
+
+
+def train_step(model, optimizer):
+    x = torch.arange(32).view(2, 16)
+    model(x, x)[1].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_round_trip_goes_on_bit_for_bit(tmp_path, learned):
+    model, optimizer = trained()
+    checkpoint.save(tmp_path / "ckpt_000002", 2, model, learned, optimizer, val_loss=1.25)
+    again, meta = checkpoint.load(tmp_path / "ckpt_000002")
+    assert (meta["step"], meta["val_loss"]) == (2, 1.25) and same(model, again)
+    assert again.lm_head.weight is again.transformer.wte.weight and not again.training
+    optimizer_again = again.configure_optimizers(0.1, 1e-3, "cpu")
+    checkpoint.load_optimizer(tmp_path / "ckpt_000002", optimizer_again)
+    for pair in ((model, optimizer), (again.train(), optimizer_again)):
+        train_step(*pair)
+    assert same(model, again)
+    loaded, tokenizer = checkpoint.load_model_and_tokenizer(tmp_path)  # a log directory: its newest checkpoint
+    assert tokenizer.n_vocab == 512 and isinstance(loaded, GPT)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_newest_valid_one_is_found_and_the_others_named(tmp_path):
+    model, optimizer = trained()
+    for step in (5, 10, 1000000):
+        checkpoint.save(tmp_path / f"ckpt_{step:06d}", step, model, optimizer=optimizer)
+    assert checkpoint.latest(tmp_path) == (tmp_path / "ckpt_1000000", [])
+    shutil.rmtree(tmp_path / "ckpt_1000000")
+    (tmp_path / "ckpt_1000000").mkdir()
+    newest, skipped = checkpoint.latest(tmp_path)
+    assert newest.name == "ckpt_000010" and "ckpt_1000000" in skipped[0]
+    checkpoint.save(tmp_path / "ckpt_1000000", 1000000, model)  # a damaged one is replaced
+    checkpoint.prune(tmp_path, 2)
+    assert [path.name for path in checkpoint.numbered(tmp_path)] == ["ckpt_1000000", "ckpt_000010"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "meta.json"])
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+def test_damage_is_found_before_anything_is_used(tmp_path, name, how):
+    model, optimizer = trained()
+    path = tmp_path / "ckpt_000002"
+    checkpoint.save(path, 2, model, optimizer=optimizer)
+    content = bytearray((path / name).read_bytes())
+    (path / name).unlink()
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+    if how != "missing":
+        (path / name).write_bytes(content[:-7] if how == "truncated" else content)
+    with pytest.raises(DamagedCheckpoint, match="ckpt_000002"):
+        checkpoint.load(path)
+    assert checkpoint.latest(tmp_path)[0] is None
+    with pytest.raises(UserError, match="no valid checkpoint.*ckpt_000002"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_a_crash_while_saving_leaves_the_old_one(tmp_path, monkeypatch):
+    old, new = trained(seed=1)[0], trained(seed=2)[0]
+    checkpoint.save(tmp_path / "best", 1, old)
+    for victim in ("save_file", "sync_directory"):  # in the middle, and when all is written but not renamed
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, victim, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(OSError, match="No space"):
+                checkpoint.save(tmp_path / "best", 2, new)
+        assert same(checkpoint.load_model(tmp_path / "best"), old) and not list(tmp_path.glob(".*"))
+    (tmp_path / "best").rename(tmp_path / ".best.old.tmp")  # killed between the two renames
+    (tmp_path / ".ckpt_000002.tmp").mkdir()
+    checkpoint.clean(tmp_path)
+    assert same(checkpoint.load_model(tmp_path / "best"), old) and not list(tmp_path.glob(".*"))
+
+
+def test_a_config_that_does_not_fit_the_weights_is_refused_before_it_is_allocated(tmp_path):
+    path = tmp_path / "ckpt_000002"
+    checkpoint.save(path, 2, trained()[0])
+    meta = json.loads((path / "meta.json").read_text())
+    meta.pop("self")
+    meta["config"].update(n_embd=10**6, n_layer=10**3)
+    (path / "meta.json").write_text(json.dumps({**meta, "self": checkpoint.text_digest(meta)}))
+    with pytest.raises(DamagedCheckpoint, match="do not fit"):
+        checkpoint.load(path)
+
+
+def test_a_pickle_is_refused_and_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return open, (str(tmp_path / "owned"), "w")
+
+    for name in ("ckpt.pt", "ckpt_000001"):
+        (tmp_path / name).write_bytes(pickle.dumps(Attack()))
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir" / "meta.json").write_bytes(pickle.dumps(Attack()))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1}')
+    (tmp_path / "hf" / "pytorch_model.bin").write_bytes(pickle.dumps(Attack()))
+    for name in ("ckpt.pt", "ckpt_000001", "dir", "hf", ""):
+        with pytest.raises(UserError):
+            checkpoint.load_model(tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_sources_that_are_none(tmp_path):
+    for source in (tmp_path, tmp_path / "missing", "gpt3"):
+        with pytest.raises(UserError, match="checkpoint"):
+            checkpoint.load_model(source)
+    with pytest.raises(UserError, match="--device"):
+        checkpoint.pick_device("tpu")

@@ -1,0 +1,263 @@
+"""Shards and the loader: what goes in comes out, after any interruption, for any number of ranks."""
+
+import gzip
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, refused, run_script
+
+import fineweb_edu
+from files import UserError
+from fineweb_edu import open_shards, prepare, verify
+from tokenizer import get_tokenizer
+from train_gpt2 import DataLoaderLite
+
+FINEWEB_COLUMNS = "id dump url file_path language language_score token_count score int_score".split()
+
+
+def stream_of(data_dir):
+    return np.concatenate([ids for split in ("val", "train") for _, ids in open_shards(data_dir, split)])
+
+
+def expected_stream(texts, tokenizer):
+    encoding = get_tokenizer(tokenizer)
+    return np.array([i for text in texts for i in [encoding.eot_token, *encoding.encode_ordinary(text)]])
+
+
+def write_parquet(path, texts, row_group_size=20):
+    columns = {"text": texts, **{name: [name] * len(texts) for name in FINEWEB_COLUMNS}}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=row_group_size)
+
+
+def write_all_formats(folder, texts):
+    """The texts in four files, a quarter each: parquet, jsonl, jsonl.gz, and one document of plain text."""
+    quarter = len(texts) // 4
+    lines = [json.dumps({"text": text, "n": 1}) + "\n" for text in texts]
+    write_parquet(folder / "a.parquet", texts[:quarter])
+    (folder / "b.jsonl").write_text("".join(lines[quarter : 2 * quarter]) + "\n")
+    with gzip.open(folder / "c.jsonl.gz", "wt") as file:
+        file.writelines(lines[2 * quarter : 3 * quarter])
+    last = "\r\n".join(texts[3 * quarter :])
+    (folder / "d.txt").write_bytes(last.encode())
+    return [folder / name for name in ("a.parquet", "b.jsonl", "c.jsonl.gz", "d.txt")], texts[: 3 * quarter] + [last]
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc, monkeypatch):
+    monkeypatch.setattr(fineweb_edu, "BATCH_CHARS", 10_000)  # many batches, and the .txt in many pieces
+    files, documents = write_all_formats(tmp_path, texts[:60])
+    manifest = prepare(files, tmp_path / "out", {}, tokenizer=learned, shard_size=9_000, num_proc=num_proc)
+    expected = expected_stream(documents, learned)
+    assert np.array_equal(stream_of(tmp_path / "out"), expected)
+    assert verify(tmp_path / "out") == len(expected) == sum(shard["tokens"] for shard in manifest["shards"])
+    assert [shard["tokens"] for shard in manifest["shards"]][:-1] == [9_000] * (len(manifest["shards"]) - 1)
+    assert [shard["split"] for shard in manifest["shards"]] == ["val"] + ["train"] * (len(manifest["shards"]) - 1)
+
+
+@pytest.mark.parametrize("shard_size, val_tokens, expected", [
+    (10**6, None, [("val", 100), ("train", 901)]),  # smaller than two shards: a tenth
+    (400, None, [("val", 400), ("train", 400), ("train", 201)]),
+    (400, 700, [("val", 400), ("val", 300), ("train", 301)]),
+    (1000, 1, [("val", 1), ("train", 1000)]),
+])  # fmt: skip
+def test_sizes_of_the_splits(tmp_path, learned, shard_size, val_tokens, expected):
+    (tmp_path / "a.txt").write_text("a" + " 1" * 500)  # 1 + 1000 tokens: no pair of these was learned
+    manifest = prepare([tmp_path / "a.txt"], tmp_path / "out", {}, learned, "text", shard_size, val_tokens)
+    sizes = [(shard["split"], shard["tokens"]) for shard in manifest["shards"]]
+    total = sum(tokens for _, tokens in sizes)
+    assert total == len(expected_stream(["a" + " 1" * 500], learned))
+    if total == 1001:
+        assert sizes == expected
+    else:  # the tokenizer joins " 1": the same shape with its own numbers
+        assert [split for split, _ in sizes][:1] == ["val"] and sizes[-1][0] == "train"
+
+
+def test_tinyshakespeare(tmp_path, real_data, gpt2_tokenizer):
+    process = run_script("fineweb_edu.py", "--input", real_data / "tinyshakespeare.txt", "--data_dir", tmp_path / "out")
+    assert "304,224 train and 33,802 val tokens" in process.stdout
+    assert verify(tmp_path / "out") == 338_025 + 1
+    text = (real_data / "tinyshakespeare.txt").read_text()
+    assert np.array_equal(stream_of(tmp_path / "out"), expected_stream([text], "gpt2"))
+    assert "verif" not in run_script("fineweb_edu.py", "--verify", tmp_path / "out").stderr
+
+
+def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, texts, learned):
+    write_parquet(tmp_path / "a.parquet", texts * 12)
+    write_parquet(tmp_path / "b.parquet", texts * 12)
+    command = [sys.executable, "fineweb_edu.py", "--input", tmp_path / "a.parquet", tmp_path / "b.parquet", "--tokenizer",
+               learned, "--shard_size", "100000", "--num_proc", "2", "--data_dir"]  # fmt: skip
+    subprocess.run([*command, tmp_path / "whole" / "data"], cwd=ROOT, check=True, capture_output=True)
+    killed = tmp_path / "killed" / "data"
+    finished = {}
+    for shards in (2, 9):
+        process = subprocess.Popen([*command, killed], cwd=ROOT, stdout=subprocess.PIPE)
+        while process.poll() is None and len(list(killed.glob("*.npy"))) < shards:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        manifest = json.loads((killed / "manifest.json").read_text())
+        assert not manifest["complete"] and len(manifest["shards"]) >= shards - 1
+        with pytest.raises(UserError, match="interrupted"):
+            open_shards(killed, "train")
+        for name, changed in finished.items():  # what was finished is not done again
+            assert (killed / name).stat().st_mtime_ns == changed
+        finished = {shard["file"]: (killed / shard["file"]).stat().st_mtime_ns for shard in manifest["shards"]}
+    process = subprocess.run([*command, killed], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "going on behind" in process.stdout
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "data").iterdir()}
+    assert {path.name: path.read_bytes() for path in killed.iterdir()} == whole and len(whole) > 15
+
+
+def test_the_hub_is_read_file_by_file(tmp_path, texts, learned):
+    """A directory laid out as the hub's fineweb-edu stands in for it: configurations, globs and parquet files."""
+    hub = tmp_path / "hub"
+    (hub / "sample" / "10BT").mkdir(parents=True)
+    write_parquet(hub / "sample" / "10BT" / "000_00000.parquet", texts[:20])
+    write_parquet(hub / "sample" / "10BT" / "001_00000.parquet", texts[20:40])
+    (hub / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*/*\n"
+        "- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
+    )
+    run_script("fineweb_edu.py", "--dataset", hub, "--name", "sample-10BT", "--tokenizer", learned, "--data_dir",
+               tmp_path / "out", "--num_proc", 1)  # fmt: skip
+    assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts[:40], learned))
+    process = run_script("fineweb_edu.py", "--dataset", hub, "--name", "nope", "--data_dir", tmp_path / "x", check=False)
+    assert refused(process, "--dataset", "nope")
+
+
+def test_what_can_not_be_read_is_refused_by_name(tmp_path, texts, learned):
+    write_parquet(tmp_path / "good.parquet", texts[:3])
+    (tmp_path / "torn.parquet").write_bytes((tmp_path / "good.parquet").read_bytes()[:-100])
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"content": "two"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": 2}\n')
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n' * 100)[:-20])
+    (tmp_path / "e.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "f.txt").write_text("")
+    (tmp_path / "g.pdf").write_text("x")
+    for name, words in {
+        "torn.parquet": "parquet", "a.jsonl": "a.jsonl:2.*content.*--text_column", "b.jsonl": "b.jsonl:2.*int",
+        "c.jsonl": "c.jsonl:2", "d.jsonl.gz": "d.jsonl.gz", "e.txt": "UTF-8", "f.txt": "no text", "g.pdf": "jsonl",
+        "missing.txt": "no such file",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=words) as error:
+            prepare([tmp_path / name], tmp_path / "out", {"name": name}, tokenizer=learned)
+        assert name in str(error.value)
+    with pytest.raises(UserError, match="score.*--text_column"):
+        prepare([tmp_path / "good.parquet"], tmp_path / "out", {}, tokenizer=learned, column="body")
+    with pytest.raises(UserError, match="--val_tokens"):
+        prepare([tmp_path / "good.parquet"], tmp_path / "out", {}, tokenizer=learned, val_tokens=10**6)
+
+
+def test_ids_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    import tiktoken
+
+    big = tiktoken.Encoding("big", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={"<|endoftext|>": 70_000})
+    monkeypatch.setattr(fineweb_edu, "get_tokenizer", lambda name: big)
+    (tmp_path / "a.txt").write_text("aaa")
+    with pytest.raises(UserError, match="70001 ids"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", {}, tokenizer="big")
+
+
+def test_another_preparation_in_the_same_place_is_refused(shards, tmp_path, learned):
+    shutil.copytree(shards, tmp_path / "data")
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match="source"):
+        prepare([tmp_path / "a.txt"], tmp_path / "data", {}, learned, shard_size=50_000, val_tokens=10_000)
+    (tmp_path / "data" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="unknown origin"):
+        prepare([tmp_path / "a.txt"], tmp_path / "data", {}, learned)
+
+
+def damage(data, how):
+    path = sorted(data.glob("*_train_*.npy"))[1]
+    ids = np.load(path)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "another dtype":
+        np.save(path, ids.astype(np.int32))
+    elif how == "missing":
+        path.unlink()
+    elif how == "added":
+        shutil.copy(path, data / "data_train_000099.npy")
+    return path
+
+
+@pytest.mark.parametrize("how, words", [("truncated", "bytes|whole"), ("empty", "bytes|whole"),
+    ("another dtype", "bytes|int32"), ("missing", "missing"), ("added", "not in manifest|missing")])  # fmt: skip
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_a_damaged_directory_is_refused_by_name(shards, tmp_path, how, words, with_manifest):
+    shutil.copytree(shards, tmp_path / "data")
+    if not with_manifest:  # as build-nanogpt leaves it
+        (tmp_path / "data" / "manifest.json").unlink()
+    damage(tmp_path / "data", how)
+    with pytest.raises(UserError, match=words):
+        open_shards(tmp_path / "data", "train")
+
+
+def test_verify_finds_a_flipped_bit(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "data")
+    assert verify(tmp_path / "data") > 10**5
+    path = sorted((tmp_path / "data").glob("*_train_*.npy"))[1]
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    assert refused(run_script("fineweb_edu.py", "--verify", tmp_path / "data", check=False), path.name, "digest")
+    assert refused(run_script("fineweb_edu.py", "--verify", tmp_path, check=False), "manifest")
+
+
+# the loader
+
+
+def windows_of(loader, micro_batches):
+    return [loader.next_batch() for _ in range(micro_batches)]
+
+
+def test_ranks_and_micro_batches_partition_one_stream(shards):
+    def global_batch(B, ranks, windows):
+        """The rows of all ranks in the order of the stream, and the targets beside them."""
+        loaders = [DataLoaderLite(B, 32, rank, ranks, data_dir=shards) for rank in range(ranks)]
+        rows = [rank.next_batch() for _ in range(windows // (B * ranks)) for rank in loaders]
+        return [np.concatenate([pair[i].numpy() for pair in rows]) for i in (0, 1)]
+
+    total = DataLoaderLite(1, 32, data_dir=shards).num_windows
+    windows = (total + 64) // 16 * 16  # beyond the end of the first epoch, across all shards
+    x, y = global_batch(1, 1, windows)
+    assert np.array_equal(x[:, 1:], y[:, :-1])
+    for B, ranks in ((16, 1), (4, 2), (8, 2), (2, 4), (4, 4)):
+        assert all(map(np.array_equal, global_batch(B, ranks, windows), (x, y)))
+
+
+def test_each_window_comes_once_an_epoch_and_in_another_order_each_time(tmp_path):
+    for name, count in (("val_000000", 50), ("train_000001", 1000), ("train_000002", 3), ("train_000003", 777)):
+        np.save(tmp_path / f"x_{name}.npy", np.arange(count, dtype=np.uint16) + 1000 * int(name[-1]))
+    loader = DataLoaderLite(1, 8, data_dir=tmp_path, seed=5)
+    assert loader.num_windows == 999 // 8 + 776 // 8  # the shard of three tokens holds none
+    epochs = [[int(loader.next_batch()[0][0, 0]) for _ in range(loader.num_windows)] for _ in range(3)]
+    starts = [1000 + 8 * i for i in range(999 // 8)] + [3000 + 8 * i for i in range(776 // 8)]
+    assert all(sorted(epoch) == starts for epoch in epochs)
+    assert epochs[0] != starts and epochs[0] != epochs[1] != epochs[2]
+    loader.position = loader.num_windows + 17  # no state but the position
+    assert int(loader.next_batch()[0][0, 0]) == epochs[1][17]
+    val = DataLoaderLite(2, 8, split="val", data_dir=tmp_path)
+    assert [int(row[0]) for _ in range(3) for row in val.next_batch()[0]] == [0, 8, 16, 24, 32, 40]
+
+
+def test_loader_refusals(tmp_path):
+    with pytest.raises(UserError, match="no train shards"):
+        DataLoaderLite(data_dir=tmp_path)
+    np.save(tmp_path / "x_train_000001.npy", np.array([1, 2, 3, 60000, 5], dtype=np.uint16))
+    with pytest.raises(UserError, match="--sequence_length"):
+        DataLoaderLite(1, 5, data_dir=tmp_path)
+    with pytest.raises(UserError, match="60000 at 3"):
+        DataLoaderLite(1, 4, data_dir=tmp_path, vocab_size=50304).next_batch()

@@ -1,0 +1,251 @@
+"""The model: equal to Hugging Face's GPT-2, and what it promises of its loss, its cache and its refusals."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import model as model_module
+from model import GPT, GPT2_SIZES, GPTConfig
+
+SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=4, n_embd=32)
+
+
+@pytest.fixture
+def gpt():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**SMALL)).eval()
+
+
+def tokens(*shape, vocab=96, seed=0):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        sizes = {name: GPT(GPTConfig(vocab_size=50257, **shape)).num_params() for name, shape in GPT2_SIZES.items()}
+        padded = GPT(GPTConfig())
+    assert sizes == {
+        "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200
+    }
+    assert padded.num_params() == 124_475_904
+    assert padded.num_params(non_embedding=True) == 124_475_904 - 1024 * 768
+    assert round(padded.flops_per_token(1024) / 1e6, 1) == 854.7  # 6 N + 12 L T C
+
+
+@pytest.mark.parametrize("vocab_size, n_layer, n_head, n_embd", [(50257, 2, 2, 64), (50304, 3, 5, 40), (300, 1, 8, 64)])
+def test_logits_equal_transformers(tmp_path, vocab_size, n_layer, n_head, n_embd):
+    config = transformers.GPT2Config(
+        vocab_size=vocab_size, n_positions=64, n_embd=n_embd, n_layer=n_layer, n_head=n_head, initializer_range=0.3
+    )
+    torch.manual_seed(1)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    idx = tokens(2, 64, vocab=min(vocab_size, 50257))
+    with torch.no_grad():
+        expected, (logits, loss) = theirs(idx).logits, ours(idx)
+        assert loss is None and logits.shape == (2, 64, vocab_size)
+        assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+        _, loss = ours(idx[:, :-1], idx[:, 1:])
+        assert abs(loss - theirs(idx, labels=idx).loss) < 1e-4
+    assert not ours.training and all(p.requires_grad for p in ours.parameters())
+
+
+def test_save_pretrained_comes_back_without_the_padding(tmp_path):
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig(**{**SMALL, "vocab_size": 128}, num_tokens=100)).eval()
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    back = GPT.from_pretrained(tmp_path)
+    idx = tokens(2, 32)
+    with torch.no_grad():
+        assert torch.allclose(ours(idx)[0][..., :100], theirs(idx).logits, atol=1e-5)
+        assert torch.equal(ours(idx)[0][..., :100], back(idx)[0]) and back.config.vocab_size == 100
+    with pytest.raises(ValueError, match="bias"):
+        GPT(GPTConfig(**SMALL, bias=False)).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [dict(activation_function="gelu"), dict(scale_attn_by_inverse_layer_idx=True)])
+def test_a_gpt2_with_another_architecture_is_refused(tmp_path, change):
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(96, 32, 32, 1, 2, **change)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change, reason", [
+    (dict(n_embd=30), "divisible"), (dict(n_layer=-1), "n_layer"), (dict(n_head=0), "n_head"),
+    (dict(dropout=1.5), "dropout"), (dict(num_tokens=97), "num_tokens"), (dict(block_size=2.5), "block_size"),
+])  # fmt: skip
+def test_an_impossible_shape_is_refused(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        GPTConfig(**{**SMALL, **change})
+
+
+def test_causality(gpt):
+    idx = tokens(1, 32)
+    changed = idx.clone()
+    changed[0, 20] += 1
+    before, after = gpt(idx)[0], gpt(changed)[0]
+    assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 20:], after[:, 20:])
+
+
+def test_initialisation_and_first_loss(gpt):
+    _, loss = gpt(tokens(8, 32), tokens(8, 32, seed=1))
+    assert abs(loss.item() - math.log(96)) < 0.1
+    block = GPT(GPTConfig(block_size=8, vocab_size=96, n_layer=8, n_head=4, n_embd=256)).transformer.h[0]
+    for weight, std in ((block.attn.c_attn.weight, 0.02), (block.mlp.c_proj.weight, 0.02 / 4)):
+        assert abs(weight.std().item() / std - 1) < 0.02
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(**SMALL))
+    x, y = tokens(4, 32), tokens(4, 32, seed=1)
+    optimizer = gpt.configure_optimizers(0.0, 3e-3, "cpu")
+    for _ in range(120):
+        _, loss = gpt(x, y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+
+
+def plain_loss(gpt, x, y):
+    logits, _ = gpt(x)
+    return F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_chunked_loss_has_the_plain_gradients(gpt, monkeypatch, dtype, tolerance):
+    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 7 * 96)  # 37 slices of 7 rows, the last one shorter
+    gpt.to(dtype)
+    x, y = tokens(8, 32), tokens(8, 32, seed=1)
+    results = []
+    for loss in (plain_loss(gpt, x, y), gpt(x, y)[1]):
+        gpt.zero_grad()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in gpt.parameters())])
+    for plain, chunked in zip(*results):
+        assert (plain - chunked).norm() <= tolerance * plain.norm()
+    with torch.no_grad():
+        assert torch.allclose(gpt(x, y)[1], plain_loss(gpt, x, y), rtol=1e-6)
+
+
+def test_chunked_loss_under_autocast(gpt):
+    x, y = tokens(8, 32), tokens(8, 32, seed=1)
+    exact = plain_loss(gpt, x, y)
+    exact.backward()
+    expected = gpt.lm_head.weight.grad.clone()
+    gpt.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, loss = gpt(x, y)
+    loss.backward()
+    assert abs(loss - exact) < 0.01 * exact
+    assert (gpt.lm_head.weight.grad - expected).norm() < 0.02 * expected.norm()
+
+
+def test_the_loss_never_holds_all_logits(monkeypatch):
+    """The largest tensor that the loss computes with is a slice of the logits, not all of them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return result
+
+    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 16 * 4096)
+    gpt = GPT(GPTConfig(block_size=64, vocab_size=4096, n_layer=1, n_head=1, n_embd=8))
+    x = tokens(16, 64)
+    with Largest() as largest:
+        gpt(x, x)[1].backward()
+        with torch.no_grad():
+            gpt(x, x)
+    assert largest.numel == 16 * 4096 < x.numel() * 4096
+
+
+def test_cache_is_the_uncached_model(gpt):
+    idx = tokens(3, 5)
+    generated = gpt.generate(idx, 27, temperature=0)  # up to the block size
+    for _ in range(27):
+        logits, _ = gpt(idx)
+        idx = torch.cat([idx, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(generated, idx)
+
+
+def test_beyond_the_context_it_goes_on_from_the_last_half(gpt):
+    idx = tokens(2, 40)  # longer than the block size itself
+    generated = gpt.generate(idx, 45, temperature=0)
+    window = idx[:, -32:]
+    for _ in range(45):
+        window = window if window.size(1) <= 32 else idx[:, -16:]
+        new = gpt(window)[0][:, -1:].argmax(-1)
+        idx, window = torch.cat([idx, new], dim=1), torch.cat([window, new], dim=1)
+    assert torch.equal(generated, idx)
+    one = GPT(GPTConfig(block_size=1, vocab_size=96, n_layer=1, n_head=1, n_embd=8)).eval()
+    assert one.generate(tokens(1, 3), 5).shape == (1, 8)
+
+
+def test_padding_is_never_sampled(gpt):
+    gpt.config.num_tokens = 3
+    gpt.lm_head.weight.data[3:] = 10 * gpt.lm_head.weight.data[0].abs()  # the padding would win
+    for settings in (dict(temperature=0), dict(temperature=5.0), dict(top_k=50), dict(top_p=0.99)):
+        assert gpt.generate(tokens(4, 3, vocab=3), 20, **settings).max() < 3
+    assert GPTConfig().num_tokens == 50257
+
+
+def test_temperature_top_k_and_top_p():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+
+    def shares(**settings):
+        settings = dict(temperature=1.0, top_k=None, top_p=None) | settings
+        drawn = model_module.next_token(logits, generator=torch.Generator().manual_seed(0), **settings)
+        return (drawn.flatten().bincount(minlength=4) / 4000).tolist()
+
+    assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
+    assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert shares(top_p=0.79) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert shares(top_p=0.81) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.03)
+    assert shares(top_p=1e-9) == shares(top_k=1) == shares(temperature=0) == shares(temperature=1e-30) == [1, 0, 0, 0]
+    assert shares(temperature=0.5) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.03)
+
+
+@pytest.mark.parametrize("settings, reason", [
+    (dict(temperature=-1), "temperature"), (dict(temperature=math.nan), "temperature"), (dict(top_k=0), "top_k"),
+    (dict(top_p=0), "top_p"), (dict(top_p=1.1), "top_p"), (dict(max_new_tokens=-1), "max_new_tokens"),
+])  # fmt: skip
+def test_sampling_settings_that_mean_nothing_are_refused(gpt, settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        gpt.generate(tokens(1, 3), **{"max_new_tokens": 1, **settings})
+    with pytest.raises(ValueError, match="at least one token"):
+        gpt.generate(tokens(1, 0), 1)
+
+
+def test_the_same_generator_draws_the_same(gpt):
+    draws = [gpt.generate(tokens(2, 3), 20, generator=torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(*draws)
+
+
+def test_only_matrices_decay(gpt):
+    decayed, plain = gpt.configure_optimizers(0.1, 1e-3, "cpu").param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0) and decayed["fused"]
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in plain["params"]} == {1}
+    assert sum(p.numel() for p in decayed["params"] + plain["params"]) == gpt.num_params()
+    assert decayed["betas"] == (0.9, 0.95) and decayed["eps"] == 1e-8
+
+
+def test_mfu_and_summary():
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig())
+    assert gpt.estimate_mfu(500_000, 1024, "NVIDIA H100 80GB HBM3") == pytest.approx(854.7e6 * 500_000 / 989e12, rel=1e-3)
+    assert gpt.estimate_mfu(500_000, 1024, "NVIDIA H100 PCIe") > gpt.estimate_mfu(500_000, 1024, "NVIDIA H100")
+    assert gpt.estimate_mfu(500_000, 1024, "a card of tomorrow") is None
+    summary = gpt.summary()
+    assert "124,475,904" in summary and "transformer.h.11" in summary and "(2304, 768)" in summary

@@ -1,0 +1,99 @@
+"""sample.py: text out, streamed; and every script's --help and refusals of flags, at once."""
+
+import time
+
+import pytest
+import torch
+from conftest import ROOT, refused, run_script
+
+import checkpoint
+import sample
+from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
+
+
+@pytest.fixture(scope="module")
+def log_dir(tmp_path_factory, learned):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("log")
+    checkpoint.save(path / "ckpt_000003", 3, GPT(GPTConfig(32, 512, n_layer=1, n_head=2, n_embd=16)), learned)
+    return path
+
+
+def test_samples(log_dir, tmp_path):
+    (tmp_path / "prompt.txt").write_text("The quick\nbrown fox")
+    command = ["sample.py", "-m", log_dir, "-d", "cpu", "--max_new_tokens", 50]
+    first = run_script(*command, "-p", f"@{tmp_path}/prompt.txt", "-n", 3).stdout
+    assert first.count("The quick\nbrown fox") == 3 and first.count("-" * 40) == 2
+    assert run_script(*command, "-p", f"@{tmp_path}/prompt.txt", "-n", 3).stdout == first  # the seed is fixed
+    assert run_script(*command, "-p", f"@{tmp_path}/prompt.txt", "-n", 3, "--seed", 2).stdout != first
+    long = run_script(*command, "-p", "word " * 100)
+    assert "the model reads the last 32" in long.stderr and long.stdout.startswith("word word")
+
+
+def test_streams_as_it_generates(log_dir, capsys, monkeypatch):
+    """When the model is asked for the next token, the one before has been printed."""
+    model, tokenizer = checkpoint.load_model_and_tokenizer(log_dir)
+    printed = []
+    stream = model.stream
+
+    def watched(*args, **kwargs):
+        for new in stream(*args, **kwargs):
+            yield new
+            printed.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(model, "stream", watched)
+    sample.print_samples(model, tokenizer, "The", 1, 20, torch.Generator().manual_seed(0))
+    assert printed[0].startswith("The") and len(printed) == 20 and sum(map(bool, printed)) > 10
+
+
+def test_stops_at_end_of_text_and_decodes_split_characters(log_dir, capsys):
+    model, tokenizer = checkpoint.load_model_and_tokenizer(log_dir)
+    ids = [*tokenizer.encode("é🙂"), tokenizer.eot_token, *tokenizer.encode("beyond")]
+    model.stream = lambda idx, n, **_: iter(torch.tensor(ids).view(-1, 1, 1).repeat(1, len(idx), 1))
+    sample.print_samples(model, tokenizer, "<", 2, 9)
+    assert capsys.readouterr().out == "<é🙂\n" + "-" * 40 + "\n<é🙂\n"
+
+
+def test_an_empty_prompt_starts_a_document(learned):
+    tokenizer = get_tokenizer(learned)
+    assert sample.encode_prompt("", tokenizer).tolist() == [[511]]
+    assert sample.encode_prompt("<|endoftext|>", tokenizer).tolist() == [[511]]
+    sample.encode_prompt("\ud800 not utf-8", tokenizer)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["-p", "@/no/such/file"], ["-p", "/no/such/file"]), (["--temperature", "-1"], ["--temperature"]),
+    (["--top_k", "0"], ["--top_k"]), (["--top_p", "2"], ["--top_p"]), (["-d", "tpu"], ["--device", "tpu"]),
+    (["-n", "0"], ["-n"]), (["--max_new_tokens", "x"], ["--max_new_tokens"]), (["-m", "nowhere"], ["nowhere", "gpt2"]),
+])  # fmt: skip
+def test_refusals(log_dir, flags, words):
+    assert refused(run_script("sample.py", "-m", log_dir, *flags, check=False), *words)
+
+
+def test_gpt2_without_network_is_one_line(tmp_path):
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    assert refused(run_script("sample.py", "-m", "gpt2", "-p", "x", check=False, env=env), "gpt2", "network")
+
+
+@pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb_edu.py", "hellaswag.py", "sample.py", "tokenizer.py"])
+def test_help_and_wrong_flags_answer_before_torch_is_imported(script):
+    started = time.perf_counter()
+    assert "usage:" in run_script(script, "--help").stdout
+    assert refused(run_script(script, "--no_such_flag", check=False), "no_such_flag" if script != "tokenizer.py" else "")
+    assert time.perf_counter() - started < 2  # two starts; importing torch alone takes longer than that
+
+
+def test_importing_does_nothing(tmp_path):
+    names = [path.stem for path in ROOT.glob("*.py")]
+    code = (
+        "import os, sys, random; before = dict(os.environ), set(os.listdir('.'))\n"
+        f"import {', '.join(names)}\n"
+        "assert before == (dict(os.environ), set(os.listdir('.')))\n"
+        "import torch; assert torch.initial_seed() == torch.default_generator.initial_seed()\n"
+        "assert not {'transformers', 'datasets', 'tokenizers'} & set(sys.modules), 'heavy imports'\n"
+        "assert not torch.distributed.is_initialized()\n"
+    )
+    process = run_script("-c", f"import sys, os; sys.dont_write_bytecode = True; sys.path.insert(0, {str(ROOT)!r}); "
+                         f"os.chdir({str(tmp_path)!r})\n{code}")  # fmt: skip
+    assert process.stdout == ""

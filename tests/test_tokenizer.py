@@ -1,0 +1,59 @@
+"""Tokenizers: GPT-2's, and those learned from text, behind one interface."""
+
+import pytest
+import tokenizers
+from conftest import refused, run_script
+
+from files import UserError
+from tokenizer import get_tokenizer, train
+
+
+def test_gpt2(gpt2_tokenizer):
+    assert gpt2_tokenizer.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert (gpt2_tokenizer.n_vocab, gpt2_tokenizer.eot_token) == (50257, 50256)
+
+
+def test_a_learned_one_is_byte_level_and_the_same_in_both_libraries(learned, texts):
+    ours, theirs = get_tokenizer(learned), tokenizers.Tokenizer.from_file(learned)
+    assert ours.n_vocab == 512 and ours.eot_token == 511
+    odd = "  naïve\r\n\t日本語 🙂 \x00 I'LL don't 1234567890   "
+    for text in [*texts[:40], odd]:
+        ids = ours.encode_ordinary(text)
+        assert ours.decode(ids) == text and ids == theirs.encode(text).ids
+    assert ours.encode("<|endoftext|>", allowed_special="all") == [511] == theirs.encode("<|endoftext|>").ids
+    assert len(ours.encode_ordinary("<|endoftext|>")) > 1
+
+
+def test_learning_is_reproducible_and_says_when_the_text_is_too_small(tmp_path, texts, learned):
+    train(texts, 512, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == open(learned, "rb").read()
+    assert train(["ab ab ab"], 5000, tmp_path / "small.json") == get_tokenizer(str(tmp_path / "small.json")).n_vocab < 300
+
+
+@pytest.mark.parametrize("size", [256, 65537])
+def test_sizes_that_cannot_be_are_refused(tmp_path, size):
+    with pytest.raises(UserError, match="vocab_size"):
+        train(["text"], size, tmp_path / "x.json")
+
+
+def test_files_that_are_no_tokenizer_are_refused(tmp_path):
+    for name, content in {"a.json": "{", "b.json": "[]", "c.json": '{"model": {"vocab": {"a": 5}}}'}.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=name):
+            get_tokenizer(str(tmp_path / name))
+    with pytest.raises(UserError, match="no tokenizer"):
+        get_tokenizer(str(tmp_path / "missing.json"))
+
+
+def test_command(tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat, the dog on the log\n" * 50)
+    out = tmp_path / "tokenizer.json"
+    process = run_script("tokenizer.py", "train", tmp_path / "text.txt", "--vocab_size", 280, "--out", out)
+    assert "280 tokens" in process.stdout and get_tokenizer(str(out)).n_vocab == 280
+
+
+def test_without_network_and_cache_one_line_says_what_to_do(tmp_path):
+    (tmp_path / "text.txt").write_text("text")
+    nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "https_proxy": "http://127.0.0.1:9", "DATA_GYM_CACHE_DIR": ""}
+    process = run_script("fineweb_edu.py", "--input", tmp_path / "text.txt", "--data_dir", tmp_path / "out", check=False, env=nowhere)
+    assert refused(process, "TIKTOKEN_CACHE_DIR", "vocab.bpe", "encoder.json")

@@ -1,0 +1,315 @@
+"""Training, end to end: resumed bit for bit, the same on any number of ranks, and it refuses what can't be meant."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, refused, run_script
+
+import checkpoint
+import train_gpt2
+from train_gpt2 import get_lr, main, parse_args
+
+
+def train(shards, log_dir, *flags):
+    """A run in this process; returns its log as {(step, stream): value}."""
+    main(parse_args([*TINY, "--data_dir", str(shards), "--log_dir", str(log_dir), *map(str, flags)]))
+    return read_log(log_dir)
+
+
+def read_log(log_dir):
+    """The figures of log.txt but the timings, as written; each must stand there once."""
+    lines = [line.split() for line in (log_dir / "log.txt").read_text().splitlines()]
+    figures = {(int(step), stream): value for step, stream, value in lines if stream != "tok/s"}
+    assert len(figures) == sum(stream != "tok/s" for _, stream, _ in lines)
+    return figures
+
+
+def weights(log_dir, name):
+    """The tensors of a checkpoint as bytes, optimizer included."""
+    return {path.name: path.read_bytes() for path in (log_dir / name).glob("*.safetensors")}
+
+
+def close(one, other, tolerance=1e-5):
+    assert one.keys() == other.keys()
+    return all(abs(float(value) - float(other[key])) <= tolerance for key, value in one.items() if key[1] != "norm")
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    """An uninterrupted run: its directory and its log."""
+    log_dir = tmp_path_factory.mktemp("whole") / "log"
+    return log_dir, train(shards, log_dir)
+
+
+def start(shards, log_dir, *flags, ranks=1):
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *launcher, "train_gpt2.py", *TINY, "--data_dir", shards, "--log_dir", log_dir, *flags]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_line(process, words):
+    for line in process.stdout:
+        if words in line:
+            return line
+    raise AssertionError(f"the process ended without {words!r}")
+
+
+def test_a_run_learns_and_leaves_what_it_promises(shards, whole):
+    log_dir, log = whole
+    assert [step for step, stream in log if stream == "train"] == list(range(12))
+    assert [step for step, stream in log if stream == "val"] == [0, 4, 8, 12]
+    assert float(log[0, "val"]) == pytest.approx(math.log(512), abs=0.2) > float(log[12, "val"]) + 0.5
+    assert all(len(value.partition(".")[2]) >= 7 for value in log.values())
+    assert [path.name for path in checkpoint.numbered(log_dir)] == ["ckpt_000012", "ckpt_000008"]
+    best = checkpoint.read_meta(log_dir / "best")
+    assert best["step"] == 12 and best["val_loss"] == pytest.approx(float(log[12, "val"]))
+    model, tokenizer = checkpoint.load_model_and_tokenizer(log_dir)
+    assert (tokenizer.n_vocab, model.config.n_embd, model.training) == (512, 32, False)
+    record = json.loads((log_dir / "run.json").read_text())
+    assert record["flags"]["max_lr"] == 3e-3 and record["parameters"] == model.num_params()
+    assert {"git_commit", "torch", "device_name", "data_manifest", "world_size"} <= record.keys()
+    assert len(record["starts"]) == 1
+
+
+def test_validation_is_the_mean_over_a_fixed_text(shards, whole):
+    log_dir, log = whole
+    loader = train_gpt2.DataLoaderLite(1, 32, split="val", data_dir=shards)
+    model = checkpoint.load_model(log_dir)
+    windows = [loader.window(n) for n in range(1000 // 32)]
+    with torch.no_grad():
+        losses = [model(torch.tensor(w[None, :-1]), torch.tensor(w[None, 1:]))[1].item() for w in windows]
+    assert float(log[12, "val"]) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    tokenizer = checkpoint.load_model_and_tokenizer(log_dir)[1]
+    size = sum(len(tokenizer.decode_bytes([i])) for w in windows for i in w[1:] if i != tokenizer.eot_token)
+    bits = sum(losses) * 32 / math.log(2) / size
+    assert float(log[12, "val_bpb"]) == pytest.approx(bits, abs=1e-5)
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_killed_and_resumed_is_bit_identical(shards, whole, tmp_path, step):
+    process = start(shards, tmp_path / "log")
+    wait_for_line(process, f"step {step:5d} |")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    log = train(shards, tmp_path / "log", "--resume")
+    assert log == whole[1]
+    for name in ("ckpt_000008", "ckpt_000012", "best"):
+        assert weights(tmp_path / "log", name) == weights(whole[0], name)
+    assert len(json.loads((tmp_path / "log" / "run.json").read_text())["starts"]) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_saves_and_leaves(shards, whole, tmp_path, number):
+    process = start(shards, tmp_path / "log")
+    wait_for_line(process, "step     5 |")
+    process.send_signal(number)
+    rest = process.stdout.read()
+    assert process.wait() == 128 + number, rest
+    step = int(re.search(r"stopped by SIG\w+ before step (\d+)", rest)[1])
+    assert step >= 6 and checkpoint.numbered(tmp_path / "log")[0].name == f"ckpt_{step:06d}"
+    assert train(shards, tmp_path / "log", "--resume") == whole[1]
+    assert weights(tmp_path / "log", "ckpt_000012") == weights(whole[0], "ckpt_000012")
+
+
+def test_damaged_checkpoints_are_named_and_passed_over(shards, whole, tmp_path, capsys):
+    shutil.copytree(whole[0], tmp_path / "log")
+    (tmp_path / "log" / "ckpt_000012" / "optimizer.safetensors").write_bytes(b"")
+    assert train(shards, tmp_path / "log", "--resume") == whole[1]
+    assert "passed over" in (out := capsys.readouterr().out) and "ckpt_000012/optimizer" in out
+    assert weights(tmp_path / "log", "ckpt_000012") == weights(whole[0], "ckpt_000012")
+    for path in checkpoint.numbered(tmp_path / "log"):
+        (path / "meta.json").write_text("{}")
+    with pytest.raises(train_gpt2.UserError, match="no checkpoint .* is valid"):
+        train(shards, tmp_path / "log", "--resume")
+
+
+def test_resume_without_a_run_starts_and_says_so(shards, whole, tmp_path, capsys):
+    assert train(shards, tmp_path / "log", "--resume") == whole[1]
+    assert "holds no checkpoint: starting at step 0" in capsys.readouterr().out
+
+
+def test_micro_batches_do_not_change_the_run(shards, whole, tmp_path):
+    for size in (1, 8):
+        assert close(train(shards, tmp_path / str(size), "--micro_batch_size", size), whole[1])
+
+
+def test_two_ranks_are_one_process(shards, whole, tmp_path, texts):
+    """Under a real torchrun: training, validation, HellaSwag; and a resume on another number of ranks."""
+    data = tmp_path / "hellaswag.jsonl"
+    words = " ".join(texts[:3]).split()
+    rows = [{"ctx": " ".join(words[9 * i : 9 * i + 9]), "endings": words[i : i + 4], "label": 1} for i in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--hellaswag_every", 4, "--hellaswag_data", data, "--sample_every", 6, "--micro_batch_size", 2]
+    one = train(shards, tmp_path / "one", *flags)
+    command = ["torchrun", 2, "train_gpt2.py", *TINY, "--data_dir", shards, *flags, "--log_dir", tmp_path / "two"]
+    process = run_script(*command)
+    assert process.stdout.count("finished") == 1
+    two = read_log(tmp_path / "two")
+    assert close(two, one) and {(4, "hella"), (12, "hella")} <= two.keys()
+    assert close({key: one[key] for key in whole[1]}, whole[1])
+    shutil.rmtree(tmp_path / "two" / "ckpt_000012")  # as if it had ended behind step 8
+    assert close(train(shards, tmp_path / "two", *flags, "--resume"), one)
+
+
+def test_a_stop_signal_to_one_of_two_ranks_stops_both_at_one_step(shards, tmp_path):
+    process = start(shards, tmp_path / "log", "--max_steps", 100_000, "--val_every", 0, ranks=2)
+    wait_for_line(process, "step     5 |")
+    children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    rest = process.stdout.read()
+    assert process.wait() == 1 and "stopped by SIGTERM before step" in rest, rest
+    assert len(checkpoint.numbered(tmp_path / "log")) >= 1 and checkpoint.latest(tmp_path / "log")[1] == []
+
+
+def test_compiled_is_the_same_run_and_resumes(shards, whole, tmp_path):
+    """With torch.compile: training, validation of a partial batch, HellaSwag, samples, resume."""
+    data = tmp_path / "hellaswag.jsonl"
+    data.write_text(json.dumps({"ctx": "The", "endings": ["a", "b", "c", "d d"], "label": 1}) + "\n")
+    flags = ["--compile", "--hellaswag_every", 4, "--hellaswag_data", data, "--sample_every", 4]
+    log = train(shards, tmp_path / "log", *flags)
+    assert json.loads((tmp_path / "log" / "run.json").read_text())["compiled"]
+    assert close({key: log[key] for key in whole[1]}, whole[1])
+    shutil.rmtree(tmp_path / "log" / "ckpt_000012")
+    assert train(shards, tmp_path / "log", *flags, "--resume") == log
+
+
+def test_where_compile_does_not_work_it_is_said_and_training_goes_on(shards, whole, tmp_path, monkeypatch, capsys):
+    def broken(model):
+        raise RuntimeError("no C++ compiler found\nmore")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert train(shards, tmp_path / "log", "--compile") == whole[1]
+    assert "training goes on without it: no C++ compiler found\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_trains_and_resumes(shards, whole, tmp_path, dtype):
+    log = train(shards, tmp_path / "log", "--dtype", dtype)
+    assert close({key: log[key] for key in whole[1]}, whole[1], tolerance=0.1) and log != whole[1]
+    shutil.rmtree(tmp_path / "log" / "ckpt_000012")
+    assert checkpoint.read_meta(tmp_path / "log" / "ckpt_000008")["scaler"] or dtype == "bfloat16"
+    assert train(shards, tmp_path / "log", "--dtype", dtype, "--resume") == log
+
+
+def test_dropout_resumes_bit_for_bit(shards, tmp_path):
+    log = train(shards, tmp_path / "log", "--dropout", 0.2)
+    shutil.rmtree(tmp_path / "log" / "ckpt_000012")
+    assert train(shards, tmp_path / "log", "--dropout", 0.2, "--resume") == log
+
+
+def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(shards, whole, tmp_path):
+    log = train(shards, tmp_path / "log", "--init_from", whole[0], "--max_steps", 4, "--warmup_steps", 0)
+    assert log[0, "val"] == whole[1][12, "val"] and float(log[4, "val"]) < float(log[0, "val"])
+    assert "optimizer.safetensors" in weights(tmp_path / "log", "ckpt_000004")
+    directory = tmp_path / "hf"
+    checkpoint.load_model(whole[0]).save_pretrained(directory)
+    shutil.copy(whole[0] / "best" / "tokenizer.json", directory)
+    log = train(shards, tmp_path / "hf_log", "--init_from", directory, "--max_steps", 1, "--dropout", 0.1)
+    assert float(log[0, "val"]) == pytest.approx(float(whole[1][12, "val"]), abs=1e-5)
+    for flags, words in {("--n_embd", 48): "--n_embd", ("--sequence_length", 64): "--sequence_length"}.items():
+        with pytest.raises(train_gpt2.UserError, match=words):
+            train(shards, tmp_path / "x", "--init_from", whole[0], *flags)
+
+
+def test_shards_without_a_manifest_train_as_they_are(shards, tmp_path, capsys, monkeypatch):
+    """build-nanogpt's, on a machine that has no GPT-2 vocabulary either."""
+    shutil.copytree(shards, tmp_path / "data", ignore=shutil.ignore_patterns("*.json"))
+    monkeypatch.setattr(train_gpt2, "get_tokenizer", lambda name: (_ for _ in ()).throw(train_gpt2.UserError("no network")))
+    train(tmp_path / "data", tmp_path / "log", "--max_steps", 2, "--vocab_size", 50304, "--sample_every", 1)
+    out = capsys.readouterr().out
+    assert out.count("unverified") == 1 and out.count("goes on without samples, HellaSwag") == 1
+    assert checkpoint.load_model(tmp_path / "log").config.num_tokens == 50257
+
+
+def test_without_hellaswag_data_and_network_training_goes_on(shards, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    log = train(shards, tmp_path / "log", "--hellaswag_every", 4)
+    assert capsys.readouterr().out.count("goes on without HellaSwag") == 1 and log == whole[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(shards, tmp_path):
+    process = run_script("train_gpt2.py", *TINY, "--data_dir", shards, "--log_dir", tmp_path / "log", "--max_lr", "1e30",
+                         "--warmup_steps", 0, check=False)  # fmt: skip
+    assert process.returncode == 1 and re.search(r"step \d+ has loss (nan|inf)", process.stderr)
+    assert not list((tmp_path / "log").glob("ckpt_*"))
+
+
+def test_intervals(shards, tmp_path):
+    log = train(shards, tmp_path / "log", "--val_every", 5, "--save_every", 0, "--max_steps", 7)
+    assert [step for step, stream in log if stream == "val"] == [0, 5, 7]
+    assert not checkpoint.numbered(tmp_path / "log")
+    log = train(shards, tmp_path / "none", "--val_every", 0, "--save_every", 5, "--max_steps", 7)
+    assert not any(stream == "val" for _, stream in log) and not (tmp_path / "none" / "best").exists()
+    assert [path.name for path in checkpoint.numbered(tmp_path / "none")] == ["ckpt_000007", "ckpt_000005"]
+
+
+def test_schedule():
+    args = parse_args([])
+    assert get_lr(0, args) == pytest.approx(6e-4 / 715) and get_lr(714, args) == get_lr(715, args) == 6e-4
+    assert get_lr(19073, args) == pytest.approx(6e-5)
+    assert get_lr((715 + 19073) // 2, args) == pytest.approx(3.3e-4, rel=1e-3)
+    short = parse_args(["--max_steps", "5", "--warmup_steps", "10"])  # ending during warm-up is allowed
+    assert get_lr(4, short) == pytest.approx(3e-4)
+
+
+def test_the_defaults_are_the_recipe():
+    args = parse_args([])
+    assert (args.total_batch_size, args.max_steps, args.warmup_steps) == (524_288, 19_073, 715)
+    assert (args.max_lr, args.min_lr, args.weight_decay, args.grad_clip) == (6e-4, 6e-5, 0.1, 1.0)
+    assert (args.n_layer, args.n_head, args.n_embd, args.vocab_size, args.block_size) == (12, 12, 768, 50304, 1024)
+
+
+def test_every_config_is_complete_and_divides():
+    for path in sorted((ROOT / "configs").glob("*.txt")):
+        args = parse_args([f"@{path}"])
+        assert args.total_batch_size % (args.micro_batch_size * args.sequence_length) == 0, path
+        assert args.min_lr == pytest.approx(args.max_lr / 10), path
+
+
+def test_refusals(shards, whole, tmp_path):
+    def refuses(*flags, log_dir=tmp_path / "new"):
+        with pytest.raises(train_gpt2.UserError) as error:
+            train(shards, log_dir, *flags)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "--total_batch_size 300" in (line := refuses("--total_batch_size", 300)) and "256, 384" in line
+    assert "--n_embd" in refuses("--n_embd", 33) and "--n_layer" in refuses("--n_layer", 0)
+    assert "--vocab_size 400" in refuses("--vocab_size", 400)
+    assert "holds a run" in refuses(log_dir=whole[0])
+    assert "max_lr 0.003 -> 0.001" in refuses("--max_lr", "1e-3", "--resume", log_dir=whole[0])
+    assert "seed" in refuses("--seed", 1, "--resume", log_dir=whole[0])
+    assert "no train shards" in refuses("--data_dir", tmp_path)
+    assert "--sequence_length" in refuses("--sequence_length", 60_000, "--total_batch_size", 240_000)
+    assert "--device" in refuses("--device", "cuda:7")
+    assert "hellaswag" in refuses("--hellaswag_every", 1, "--hellaswag_data", tmp_path / "hellaswag.jsonl")
+    assert not (tmp_path / "new").exists()
+    for flags in (["--max_steps", "0"], ["--dtype", "int4"], ["--max_lr", "nan"], ["@/no/such/config.txt"]):
+        assert refused(run_script("train_gpt2.py", *flags, check=False), flags[0].lstrip("@"))
+
+
+def test_the_demo_from_nothing(tmp_path, capsys):
+    """The first command of the README at a few steps: it makes its data, learns its tokenizer, trains, samples."""
+    flags = ["--data_dir", tmp_path / "data", "--log_dir", tmp_path / "log", "--max_steps", 4, "--save_every", 4]
+    main(parse_args([f"@{ROOT}/configs/demo.txt", *map(str, flags)]))
+    out = capsys.readouterr().out
+    assert "nats" in out and f"python sample.py -m {tmp_path}/log" in out and "step     3 | loss" in out
+    assert run_script("fineweb_edu.py", "--verify", tmp_path / "data").returncode == 0
+    text = run_script("sample.py", "-m", tmp_path / "log", "-p", "Return the", "-d", "cpu", "--max_new_tokens", 10).stdout
+    assert text.startswith("Return the") and len(text) > 15
+    first = (tmp_path / "data" / "sources" / "python_docs.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "data")
+    import demo
+
+    demo.prepare_demo(tmp_path / "data")
+    assert (tmp_path / "data" / "sources" / "python_docs.jsonl").read_bytes() == first
