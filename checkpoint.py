@@ -78,7 +78,7 @@ def contiguous(tensors):
 def text_digest(body):
     import xxhash
 
-    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True))
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
 
 
 def read_meta(path):
@@ -191,7 +191,7 @@ def load_model(source, device="cpu"):
         return load(source, device)[0]
     try:
         return GPT.from_pretrained(source).to(device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # from a torn file to a pickle that is refused: transformers raises all kinds
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{source} can't be loaded ({reason}); "
                         "without network, give -m a local directory") from error

@@ -373,7 +373,7 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
             first_file, first_batch, _ = manifest["next"]
             for file in range(first_file, len(files)):
                 batch = -1
-                for batch, texts in enumerate(batches(fetch(files[file]), column)):
+                for batch, texts in enumerate(batches(fetch(str(files[file])), column)):
                     if (file, batch) >= (first_file, first_batch):
                         in_flight.append((file, batch, pool.submit(encode, texts, tokenizer)))
                     while len(in_flight) > 2 * num_proc:

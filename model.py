@@ -366,6 +366,9 @@ class GPT(nn.Module):
     @classmethod
     def from_state(cls, config, state):
         """The model of `config` and its state dict, in eval mode; the tensors of `state` become its own."""
+        layers = sum(name.endswith(".ln_1.weight") for name in state)
+        if layers != config.n_layer:  # before a config from a stranger builds a model of any size
+            raise ValueError(f"n_layer is {config.n_layer}, but there are weights of {layers} layers")
         with torch.device("meta"):  # nothing is allocated or initialised that the state dict brings anyway
             model = cls(config)
         # files hold the tied matrix once

@@ -97,12 +97,13 @@ def test_a_crash_while_saving_leaves_the_old_one(tmp_path, monkeypatch):
     assert same(checkpoint.load_model(tmp_path / "best"), old) and not list(tmp_path.glob(".*"))
 
 
-def test_a_config_that_does_not_fit_the_weights_is_refused_before_it_is_allocated(tmp_path):
+@pytest.mark.parametrize("change", [dict(n_embd=10**6), dict(n_layer=10**9), dict(block_size=10**12)])
+def test_a_config_that_does_not_fit_the_weights_is_refused_before_it_is_allocated(tmp_path, change):
     path = tmp_path / "ckpt_000002"
     checkpoint.save(path, 2, trained()[0])
     meta = json.loads((path / "meta.json").read_text())
     meta.pop("self")
-    meta["config"].update(n_embd=10**6, n_layer=10**3)
+    meta["config"].update(change)
     (path / "meta.json").write_text(json.dumps({**meta, "self": checkpoint.text_digest(meta)}))
     with pytest.raises(DamagedCheckpoint, match="do not fit"):
         checkpoint.load(path)

@@ -65,7 +65,7 @@ def examples(texts):
         {"ctx": " ".join(words[7 * i : 7 * i + 3 + i]), "label": i % 4,
          "endings": [" ".join(words[50 * i + j : 50 * i + 2 * j + 1 + i % 5]) for j in range(4)]}
         for i in range(40)
-    ]  # fmt: skip
+    ]
 
 
 def test_predictions_equal_one_example_at_a_time(learned, examples):
@@ -82,7 +82,7 @@ def test_examples_longer_than_the_context_keep_their_end(learned, examples):
     lengths = [
         len(tokenizer.encode_ordinary(e["ctx"])) + len(tokenizer.encode_ordinary(" " + ending))
         for e in examples for ending in e["endings"]
-    ]  # fmt: skip
+    ]
     assert result["endings_cut"] == sum(length > 25 for length in lengths) > 20
 
 
@@ -127,7 +127,7 @@ GOOD = json.dumps({"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 1})
     ("<!DOCTYPE html>", "not a HellaSwag example"), (GOOD[:-9], "not a HellaSwag example"),
     (GOOD.replace('"d"', '"d", "e"'), "four endings"), (GOOD.replace(', "d"', ""), "four endings"),
     (GOOD.replace("1}", "7}"), "label"), (GOOD.replace("1}", "true}"), "label"), (GOOD.replace("A man", ""), "ctx"),
-])  # fmt: skip
+])
 def test_bad_lines_are_refused_by_number(tmp_path, line, words):
     (tmp_path / "data.jsonl").write_text(f"{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(UserError, match=f"data.jsonl:2: .*{words}"):
@@ -138,7 +138,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     pages = {
         "/good": (200, (GOOD + "\n").encode() * 3), "/html": (200, b"<html>busy</html>"), "/short": (200, GOOD.encode()),
         "/error": (503, GOOD.encode()),
-    }  # fmt: skip
+    }
 
     def do_GET(self):
         torn = self.path == "/torn"

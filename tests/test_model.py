@@ -70,7 +70,8 @@ def test_save_pretrained_comes_back_without_the_padding(tmp_path):
 
 @pytest.mark.parametrize("change", [dict(activation_function="gelu"), dict(scale_attn_by_inverse_layer_idx=True)])
 def test_a_gpt2_with_another_architecture_is_refused(tmp_path, change):
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(96, 32, 32, 1, 2, **change)).save_pretrained(tmp_path)
+    config = transformers.GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=1, n_head=2, **change)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=next(iter(change))):
         GPT.from_pretrained(tmp_path)
 
@@ -78,7 +79,7 @@ def test_a_gpt2_with_another_architecture_is_refused(tmp_path, change):
 @pytest.mark.parametrize("change, reason", [
     (dict(n_embd=30), "divisible"), (dict(n_layer=-1), "n_layer"), (dict(n_head=0), "n_head"),
     (dict(dropout=1.5), "dropout"), (dict(num_tokens=97), "num_tokens"), (dict(block_size=2.5), "block_size"),
-])  # fmt: skip
+])
 def test_an_impossible_shape_is_refused(change, reason):
     with pytest.raises(ValueError, match=reason):
         GPTConfig(**{**SMALL, **change})
@@ -118,10 +119,8 @@ def plain_loss(gpt, x, y):
     return F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_chunked_loss_has_the_plain_gradients(gpt, monkeypatch, dtype, tolerance):
+def test_chunked_loss_has_the_plain_gradients(gpt, monkeypatch):
     monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 7 * 96)  # 37 slices of 7 rows, the last one shorter
-    gpt.to(dtype)
     x, y = tokens(8, 32), tokens(8, 32, seed=1)
     results = []
     for loss in (plain_loss(gpt, x, y), gpt(x, y)[1]):
@@ -129,7 +128,7 @@ def test_chunked_loss_has_the_plain_gradients(gpt, monkeypatch, dtype, tolerance
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in gpt.parameters())])
     for plain, chunked in zip(*results):
-        assert (plain - chunked).norm() <= tolerance * plain.norm()
+        assert (plain - chunked).norm() <= 1e-6 * plain.norm()
     with torch.no_grad():
         assert torch.allclose(gpt(x, y)[1], plain_loss(gpt, x, y), rtol=1e-6)
 
@@ -220,7 +219,7 @@ def test_temperature_top_k_and_top_p():
 @pytest.mark.parametrize("settings, reason", [
     (dict(temperature=-1), "temperature"), (dict(temperature=math.nan), "temperature"), (dict(top_k=0), "top_k"),
     (dict(top_p=0), "top_p"), (dict(top_p=1.1), "top_p"), (dict(max_new_tokens=-1), "max_new_tokens"),
-])  # fmt: skip
+])
 def test_sampling_settings_that_mean_nothing_are_refused(gpt, settings, reason):
     with pytest.raises(ValueError, match=reason):
         gpt.generate(tokens(1, 3), **{"max_new_tokens": 1, **settings})

@@ -66,7 +66,7 @@ def test_an_empty_prompt_starts_a_document(learned):
     (["-p", "@/no/such/file"], ["-p", "/no/such/file"]), (["--temperature", "-1"], ["--temperature"]),
     (["--top_k", "0"], ["--top_k"]), (["--top_p", "2"], ["--top_p"]), (["-d", "tpu"], ["--device", "tpu"]),
     (["-n", "0"], ["-n"]), (["--max_new_tokens", "x"], ["--max_new_tokens"]), (["-m", "nowhere"], ["nowhere", "gpt2"]),
-])  # fmt: skip
+])
 def test_refusals(log_dir, flags, words):
     assert refused(run_script("sample.py", "-m", log_dir, *flags, check=False), *words)
 
@@ -95,5 +95,5 @@ def test_importing_does_nothing(tmp_path):
         "assert not torch.distributed.is_initialized()\n"
     )
     process = run_script("-c", f"import sys, os; sys.dont_write_bytecode = True; sys.path.insert(0, {str(ROOT)!r}); "
-                         f"os.chdir({str(tmp_path)!r})\n{code}")  # fmt: skip
+                         f"os.chdir({str(tmp_path)!r})\n{code}")
     assert process.stdout == ""

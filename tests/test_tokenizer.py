@@ -45,8 +45,8 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
         get_tokenizer(str(tmp_path / "missing.json"))
 
 
-def test_command(tmp_path):
-    (tmp_path / "text.txt").write_text("the cat sat on the mat, the dog on the log\n" * 50)
+def test_command(tmp_path, texts):
+    (tmp_path / "text.txt").write_text(texts[0])
     out = tmp_path / "tokenizer.json"
     process = run_script("tokenizer.py", "train", tmp_path / "text.txt", "--vocab_size", 280, "--out", out)
     assert "280 tokens" in process.stdout and get_tokenizer(str(out)).n_vocab == 280

@@ -239,7 +239,7 @@ def test_without_hellaswag_data_and_network_training_goes_on(shards, whole, tmp_
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(shards, tmp_path):
     process = run_script("train_gpt2.py", *TINY, "--data_dir", shards, "--log_dir", tmp_path / "log", "--max_lr", "1e30",
-                         "--warmup_steps", 0, check=False)  # fmt: skip
+                         "--warmup_steps", 0, check=False)
     assert process.returncode == 1 and re.search(r"step \d+ has loss (nan|inf)", process.stderr)
     assert not list((tmp_path / "log").glob("ckpt_*"))
 
