@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -16,8 +17,9 @@ def run(main, args):
     try:
         main(args)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # the ranks of a torchrun all find the same mistake
-            print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # all ranks find most mistakes: rank 0 says it, and torchrun ends the others
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -32,6 +32,7 @@ from tokenizer import get_tokenizer
 MANIFEST = "manifest.json"
 FORMAT = "uint16 token shards, version 1"
 SHARD_NAME = re.compile(r"_(train|val)_(\d{6})\.npy$")
+HUB_ADDRESS = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")  # repository, revision, path
 BATCH_CHARS = 2**20  # text that one worker encodes at a time
 
 
@@ -182,13 +183,14 @@ def hub_files(dataset, name):
 
 def fetch(address):
     """The local path of a file; one of the hub is downloaded into the hub's cache, or found there."""
-    if not address.startswith("hf://"):
+    match = HUB_ADDRESS.match(address)
+    if not match:
         return address
-    from huggingface_hub import HfFileSystem, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
+    repository, revision, path = match.groups()
     try:
-        file = HfFileSystem().resolve_path(address)
-        return hf_hub_download(file.repo_id, file.path_in_repo, repo_type="dataset", revision=file.revision)
+        return hf_hub_download(repository, path, repo_type="dataset", revision=revision)
     except OSError as error:
         raise UserError(f"{address} can't be fetched ({error}); "
                         "the same command goes on from here") from error
@@ -496,7 +498,8 @@ def main(args):
         source = {"files": [{"name": Path(path).name, "bytes": Path(path).stat().st_size} for path in files]}
     else:
         files = hub_files(args.dataset, args.name)
-        source = {"dataset": args.dataset, "name": args.name, "files": files}
+        revisions = ", ".join({match[2] for match in map(HUB_ADDRESS.match, files) if match})
+        source = {"dataset": args.dataset, "name": args.name, "revision": revisions, "files": files}
     settings = dict(tokenizer=args.tokenizer, column=args.text_column, shard_size=args.shard_size)
     manifest = prepare(files, args.data_dir, source, val_tokens=args.val_tokens, num_proc=args.num_proc,
                        **settings)

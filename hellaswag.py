@@ -67,10 +67,9 @@ def download(path=DATA, url=URL, rows=VALIDATION_ROWS):
                 file.write(block)
         count = sum(1 for _ in iterate_examples(arriving))
         if count != rows:
-            raise UserError(f"{url} sent {count} examples, not {rows}: try again, "
-                            "or name a good copy with --data")
+            raise UserError(f"{count} examples came, not {rows}")
         arriving.replace(path)
-    except OSError as error:  # URLError and a status other than 200 are among them
+    except (OSError, UserError) as error:  # a status other than 200 is an OSError too
         raise UserError(f"{url} can't be fetched ({error}); copy it to {path}, "
                         "or name a copy with --data") from error
     finally:

@@ -9,6 +9,7 @@ Without -p, on a terminal, it asks for prompts until an empty line.
 
 import argparse
 import codecs
+import contextlib
 import sys
 from pathlib import Path
 
@@ -79,18 +80,21 @@ def print_samples(model, tokenizer, prompt, num_samples, max_new_tokens, generat
         print("-" * 40, prompt + tokenizer.decode(row[:end]), sep="\n", flush=True)
 
 
-def prompts(args):
-    """The prompt that was given, or those that a person types."""
-    if args.prompt is None and sys.stdin.isatty():
+def read_prompt(prompt):
+    """The prompt, or the text of the file that @FILE names."""
+    if prompt is None or not prompt.startswith("@"):
+        return prompt
+    try:
+        return Path(prompt[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"-p {prompt}: can't be read as text ({error})") from error
+
+
+def typed_prompts():
+    """The prompts that a person types, up to an empty line or Ctrl-D."""
+    with contextlib.suppress(EOFError):
         while prompt := input("prompt> "):
             yield prompt
-    elif args.prompt is not None and args.prompt.startswith("@"):
-        try:
-            yield Path(args.prompt[1:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"-p {args.prompt}: can't be read as text ({error})") from error
-    else:
-        yield PROMPT if args.prompt is None else args.prompt
 
 
 def main(args):
@@ -99,20 +103,19 @@ def main(args):
         check_sampling(torch.zeros(1, 1), args.max_new_tokens, **settings)
     except ValueError as error:
         raise UserError(f"--{error}") from error
+    prompt = read_prompt(args.prompt)
+    prompts = [PROMPT if prompt is None else prompt]
+    if prompt is None and sys.stdin.isatty():
+        prompts = typed_prompts()
     sys.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8 shows a ? and goes on
     device = pick_device(args.device)
     model, tokenizer = load_model_and_tokenizer(args.model_type, device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    try:
-        for prompt in prompts(args):
-            tokens = encode_prompt(prompt, tokenizer).size(1)
-            if tokens > model.config.block_size:
-                print(f"the prompt has {tokens} tokens, the model reads the last {model.config.block_size}",
-                      file=sys.stderr)
-            print_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, generator,
-                          **settings)
-    except EOFError:  # Ctrl-D at the prompt
-        print()
+    for prompt in prompts:
+        tokens, block_size = encode_prompt(prompt, tokenizer).size(1), model.config.block_size
+        if tokens > block_size:
+            print(f"the prompt has {tokens} tokens, the model reads the last {block_size}", file=sys.stderr)
+        print_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, generator, **settings)
 
 
 if __name__ == "__main__":

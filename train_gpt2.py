@@ -173,6 +173,13 @@ def get_lr(step, args):
     return args.min_lr + 0.5 * (1 + math.cos(math.pi * min(1, done))) * (args.max_lr - args.min_lr)
 
 
+def tune_host():
+    """What every run wants of its machine; `main` calls it first, for importing this file changes nothing."""
+    # MKL chooses the code of its vector functions at the first call. Two threads that make that call at once
+    # can get different code, and results that differ in the last bits: let one thread make it.
+    torch.zeros(64).exp()
+
+
 def setup_ranks(device=None):
     """Join the process group that torchrun announces, if it does: (device, rank, world_size)."""
     device = checkpoint.pick_device(device)
@@ -200,6 +207,7 @@ class StopRequested(Exception):
 
 
 def main(args):
+    tune_host()
     device, rank, world_size = setup_ranks(args.device)
     device_type = device.partition(":")[0]
     ddp = world_size > 1
@@ -437,7 +445,7 @@ def main(args):
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     train_loader.position = start_step * args.total_batch_size // T
     val_loss, best_val = meta.get("val_loss"), meta.get("best_val", math.inf)
-    step, dt_mean = start_step, None
+    step, dt_mean, stopped = start_step, None, None
     try:
         for step in range(start_step, args.max_steps + 1):
             # dropout draws from (seed, step, rank): a resumed run needs no random state from a checkpoint
@@ -506,11 +514,10 @@ def main(args):
             say(f"step {step:5d} | loss {train_loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                 f"dt {1000 * dt:.0f} ms | tok/s {tokens_per_second:,.0f} | mfu {mfu} | eta {eta}")
     except StopRequested as stop:
-        # the step under way is dropped: it is the first of the resumed run
-        if step > start_step or not newest:
+        stopped = stop.args[0]
+        if step > start_step or not newest:  # the step under way is dropped: a resumed run begins with it
             save(log_dir / f"ckpt_{step:06d}", optimizer)
-        say(f"stopped by {signal.Signals(stop.args[0]).name} before step {step}; --resume goes on")
-        sys.exit(128 + stop.args[0])
+        say(f"stopped by {signal.Signals(stopped).name} before step {step}; --resume goes on")
     except torch.OutOfMemoryError as error:
         raise out_of_memory(B) from error
     finally:
@@ -521,6 +528,8 @@ def main(args):
 
     if ddp:
         dist.destroy_process_group()
+    if stopped:
+        sys.exit(128 + stopped)
     say(f"finished. Now: python sample.py -m {log_dir} -p {shlex.quote(args.sample_prompt)}")
     say(f"               python hellaswag.py -m {log_dir}")
     if args.demo_data:

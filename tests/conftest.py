@@ -1,7 +1,7 @@
 """What the tests share: small data made here, the scripts run as a user runs them, real data where it is.
 
-GPT2_TEST_DATA names a folder with tinyshakespeare.txt and hellaswag_val_sample.jsonl, TIKTOKEN_CACHE_DIR one with
-GPT-2's vocabulary. Tests that need them skip with the reason where they are missing.
+GPT2_TEST_DATA names a folder with tinyshakespeare.txt and hellaswag_val_sample.jsonl, TIKTOKEN_CACHE_DIR one
+with GPT-2's vocabulary. Tests that need them skip with the reason where they are missing.
 """
 
 import os
@@ -16,8 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 # a GPT that trains in seconds on the shards below; everything else is off unless a test asks for it
 TINY = ("--n_layer 2 --n_head 2 --n_embd 32 --vocab_size 512 --sequence_length 32 --micro_batch_size 4 "
-        "--total_batch_size 256 --max_steps 12 --warmup_steps 3 --max_lr 3e-3 --val_every 4 --val_tokens 1000 "
-        "--hellaswag_every 0 --sample_every 0 --save_every 4 --device cpu --no-compile").split()
+        "--total_batch_size 256 --max_steps 12 --warmup_steps 3 --max_lr 3e-3 --val_every 4 "
+        "--val_tokens 1000 --hellaswag_every 0 --sample_every 0 --save_every 4 "
+        "--device cpu --no-compile").split()
 
 
 def run_script(*command, check=True, env=None, timeout=280):

@@ -44,7 +44,7 @@ def test_round_trip_goes_on_bit_for_bit(tmp_path, learned):
     for pair in ((model, optimizer), (again.train(), optimizer_again)):
         train_step(*pair)
     assert same(model, again)
-    loaded, tokenizer = checkpoint.load_model_and_tokenizer(tmp_path)  # a log directory: its newest checkpoint
+    loaded, tokenizer = checkpoint.load_model_and_tokenizer(tmp_path)  # a log directory: its newest
     assert tokenizer.n_vocab == 512 and isinstance(loaded, GPT)
     assert not list(tmp_path.glob(".*"))
 
@@ -87,7 +87,9 @@ def test_a_crash_while_saving_leaves_the_old_one(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "best", 1, old)
     for victim in ("save_file", "sync_directory"):  # in the middle, and when all is written but not renamed
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, victim, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            patch.setattr(
+                checkpoint, victim, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+            )
             with pytest.raises(OSError, match="No space"):
                 checkpoint.save(tmp_path / "best", 2, new)
         assert same(checkpoint.load_model(tmp_path / "best"), old) and not list(tmp_path.glob(".*"))
@@ -119,7 +121,9 @@ def test_a_pickle_is_refused_and_not_run(tmp_path):
     (tmp_path / "dir").mkdir()
     (tmp_path / "dir" / "meta.json").write_bytes(pickle.dumps(Attack()))
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1}')
+    (tmp_path / "hf" / "config.json").write_text(
+        '{"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1}'
+    )
     (tmp_path / "hf" / "pytorch_model.bin").write_bytes(pickle.dumps(Attack()))
     for name in ("ckpt.pt", "ckpt_000001", "dir", "hf", ""):
         with pytest.raises(UserError):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -47,7 +48,10 @@ def write_all_formats(folder, texts):
         file.writelines(lines[2 * quarter : 3 * quarter])
     last = "\r\n".join(texts[3 * quarter :])
     (folder / "d.txt").write_bytes(last.encode())
-    return [folder / name for name in ("a.parquet", "b.jsonl", "c.jsonl.gz", "d.txt")], texts[: 3 * quarter] + [last]
+    return (
+        [folder / name for name in ("a.parquet", "b.jsonl", "c.jsonl.gz", "d.txt")],
+        texts[: 3 * quarter] + [last],
+    )
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
@@ -59,7 +63,9 @@ def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc
     assert np.array_equal(stream_of(tmp_path / "out"), expected)
     assert verify(tmp_path / "out") == len(expected) == sum(shard["tokens"] for shard in manifest["shards"])
     assert [shard["tokens"] for shard in manifest["shards"]][:-1] == [9_000] * (len(manifest["shards"]) - 1)
-    assert [shard["split"] for shard in manifest["shards"]] == ["val"] + ["train"] * (len(manifest["shards"]) - 1)
+    assert [shard["split"] for shard in manifest["shards"]] == (
+        ["val"] + ["train"] * (len(manifest["shards"]) - 1)
+    )
 
 
 @pytest.mark.parametrize("shard_size, val_tokens, expected", [
@@ -75,7 +81,8 @@ def test_sizes_of_the_splits(tmp_path, learned, shard_size, val_tokens, expected
 
 
 def test_tinyshakespeare(tmp_path, real_data, gpt2_tokenizer):
-    process = run_script("fineweb_edu.py", "--input", real_data / "tinyshakespeare.txt", "--data_dir", tmp_path / "out")
+    process = run_script("fineweb_edu.py", "--input", real_data / "tinyshakespeare.txt",
+                         "--data_dir", tmp_path / "out")
     assert "304,224 train and 33,802 val tokens" in process.stdout
     assert verify(tmp_path / "out") == 338_025 + 1
     text = (real_data / "tinyshakespeare.txt").read_text()
@@ -86,8 +93,8 @@ def test_tinyshakespeare(tmp_path, real_data, gpt2_tokenizer):
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, texts, learned):
     write_parquet(tmp_path / "a.parquet", texts * 12)
     write_parquet(tmp_path / "b.parquet", texts * 12)
-    command = [sys.executable, "fineweb_edu.py", "--input", tmp_path / "a.parquet", tmp_path / "b.parquet", "--tokenizer",
-               learned, "--shard_size", "100000", "--num_proc", "2", "--data_dir"]
+    command = [sys.executable, "fineweb_edu.py", "--input", tmp_path / "a.parquet", tmp_path / "b.parquet",
+               "--tokenizer", learned, "--shard_size", "100000", "--num_proc", "2", "--data_dir"]
     subprocess.run([*command, tmp_path / "whole" / "data"], cwd=ROOT, check=True, capture_output=True)
     killed = tmp_path / "killed" / "data"
     finished = {}
@@ -103,30 +110,40 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, texts
             open_shards(killed, "train")
         for name, changed in finished.items():  # what was finished is not done again
             assert (killed / name).stat().st_mtime_ns == changed
-        finished = {shard["file"]: (killed / shard["file"]).stat().st_mtime_ns for shard in manifest["shards"]}
+        finished = {
+            shard["file"]: (killed / shard["file"]).stat().st_mtime_ns for shard in manifest["shards"]
+        }
     process = subprocess.run([*command, killed], cwd=ROOT, check=True, capture_output=True, text=True)
     assert "going on behind" in process.stdout
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "data").iterdir()}
     assert {path.name: path.read_bytes() for path in killed.iterdir()} == whole and len(whole) > 15
 
 
-def test_the_hub_is_read_file_by_file(tmp_path, texts, learned):
-    """A directory laid out as the hub's fineweb-edu stands in for it: configurations, globs and parquet files."""
-    hub = tmp_path / "hub"
-    (hub / "sample" / "10BT").mkdir(parents=True)
-    write_parquet(hub / "sample" / "10BT" / "000_00000.parquet", texts[:20])
-    write_parquet(hub / "sample" / "10BT" / "001_00000.parquet", texts[20:40])
-    (hub / "data" / "CC-MAIN-2024-10").mkdir(parents=True)
-    write_parquet(hub / "data" / "CC-MAIN-2024-10" / "000_00000.parquet", texts[40:])
-    (hub / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*/*\n"
-        "- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
+def test_fineweb_edu_comes_from_the_hub(tmp_path, texts, learned):
+    """`python fineweb_edu.py` itself, against a local server with the hub's interface and layout."""
+    files = {"data/CC-MAIN-2024-10/train-00000.parquet": texts[40:],
+             "sample/10BT/000_00000.parquet": texts[:20], "sample/10BT/001_00000.parquet": texts[20:40]}
+    for path, part in files.items():
+        write_parquet(tmp_path / "part.parquet", part)
+        files[path] = (tmp_path / "part.parquet").read_bytes()
+    files["README.md"] = (
+        b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*/*\n"
+        b"- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
     )
-    run_script("fineweb_edu.py", "--dataset", hub, "--name", "sample-10BT", "--tokenizer", learned, "--data_dir",
-               tmp_path / "out", "--num_proc", 1)
+    server = hub.serve(files)
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
+           "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    command = ["fineweb_edu.py", "--tokenizer", learned, "--num_proc", 1]
+    run_script(*command, "--data_dir", tmp_path / "out", env=env)
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts[:40], learned))
-    process = run_script("fineweb_edu.py", "--dataset", hub, "--name", "nope", "--data_dir", tmp_path / "x", check=False)
-    assert refused(process, "--dataset", "nope")
+    source = fineweb_edu.read_manifest(tmp_path / "out")["source"]
+    assert (source["dataset"], source["name"]) == (hub.REPOSITORY, "sample-10BT")
+    assert source["revision"] == hub.REVISION
+    fetched = [path for method, path in server.asked if method == "GET" and path.endswith(".parquet")]
+    assert len(fetched) == 2  # the sample's two files, once each
+    process = run_script(*command, "--name", "nope", "--data_dir", tmp_path / "x", check=False, env=env)
+    assert refused(process, "--dataset", "nope", "sample-10BT")
+    server.shutdown()
 
 
 def test_what_can_not_be_read_is_refused_by_name(tmp_path, texts, learned):
@@ -140,9 +157,9 @@ def test_what_can_not_be_read_is_refused_by_name(tmp_path, texts, learned):
     (tmp_path / "f.txt").write_text("")
     (tmp_path / "g.pdf").write_text("x")
     for name, words in {
-        "torn.parquet": "parquet", "a.jsonl": "a.jsonl:2.*content.*--text_column", "b.jsonl": "b.jsonl:2.*int",
-        "c.jsonl": "c.jsonl:2", "d.jsonl.gz": "d.jsonl.gz", "e.txt": "UTF-8", "f.txt": "no text", "g.pdf": "jsonl",
-        "missing.txt": "no such file",
+        "torn.parquet": "parquet", "a.jsonl": "a.jsonl:2.*content.*--text_column",
+        "b.jsonl": "b.jsonl:2.*int", "c.jsonl": "c.jsonl:2", "d.jsonl.gz": "d.jsonl.gz",
+        "e.txt": "UTF-8", "f.txt": "no text", "g.pdf": "jsonl", "missing.txt": "no such file",
     }.items():
         with pytest.raises(UserError, match=words) as error:
             prepare([tmp_path / name], tmp_path / "out", {"name": name}, tokenizer=learned)
@@ -156,7 +173,9 @@ def test_what_can_not_be_read_is_refused_by_name(tmp_path, texts, learned):
 def test_ids_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     import tiktoken
 
-    big = tiktoken.Encoding("big", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={"<|endoftext|>": 70_000})
+    big = tiktoken.Encoding(
+        "big", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={"<|endoftext|>": 70_000}
+    )
     monkeypatch.setattr(fineweb_edu, "get_tokenizer", lambda name: big)
     (tmp_path / "a.txt").write_text("aaa")
     with pytest.raises(UserError, match="70001 ids"):
@@ -208,7 +227,9 @@ def test_verify_finds_a_flipped_bit(shards, tmp_path):
     content = bytearray(path.read_bytes())
     content[5000] ^= 1
     path.write_bytes(content)
-    assert refused(run_script("fineweb_edu.py", "--verify", tmp_path / "data", check=False), path.name, "digest")
+    assert refused(
+        run_script("fineweb_edu.py", "--verify", tmp_path / "data", check=False), path.name, "digest"
+    )
     assert refused(run_script("fineweb_edu.py", "--verify", tmp_path, check=False), "manifest")
 
 
@@ -235,7 +256,9 @@ def test_ranks_and_micro_batches_partition_one_stream(shards):
 
 
 def test_each_window_comes_once_an_epoch_and_in_another_order_each_time(tmp_path):
-    for name, count in (("val_000000", 50), ("train_000001", 1000), ("train_000002", 3), ("train_000003", 777)):
+    for name, count in (
+        ("val_000000", 50), ("train_000001", 1000), ("train_000002", 3), ("train_000003", 777)
+    ):
         np.save(tmp_path / f"x_{name}.npy", np.arange(count, dtype=np.uint16) + 1000 * int(name[-1]))
     loader = DataLoaderLite(1, 8, data_dir=tmp_path, seed=5)
     assert loader.num_windows == 999 // 8 + 776 // 8  # the shard of three tokens holds none

@@ -16,7 +16,7 @@ from tokenizer import get_tokenizer
 
 
 def naive_scores(model, tokenizer, example):
-    """The protocol as the tutorials write it: one ending at a time, all logits. Sums and means of the losses."""
+    """The protocol as the tutorials write it: one ending at a time, all logits. Sums and means of losses."""
     sums, means = [], []
     for ending in example["endings"]:
         ids = tokenizer.encode_ordinary(example["ctx"])
@@ -126,7 +126,8 @@ GOOD = json.dumps({"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 1})
 @pytest.mark.parametrize("line, words", [
     ("<!DOCTYPE html>", "not a HellaSwag example"), (GOOD[:-9], "not a HellaSwag example"),
     (GOOD.replace('"d"', '"d", "e"'), "four endings"), (GOOD.replace(', "d"', ""), "four endings"),
-    (GOOD.replace("1}", "7}"), "label"), (GOOD.replace("1}", "true}"), "label"), (GOOD.replace("A man", ""), "ctx"),
+    (GOOD.replace("1}", "7}"), "label"), (GOOD.replace("1}", "true}"), "label"),
+    (GOOD.replace("A man", ""), "ctx"),
 ])
 def test_bad_lines_are_refused_by_number(tmp_path, line, words):
     (tmp_path / "data.jsonl").write_text(f"{GOOD}\n{line}\n{GOOD}\n")
@@ -136,8 +137,8 @@ def test_bad_lines_are_refused_by_number(tmp_path, line, words):
 
 class Server(http.server.BaseHTTPRequestHandler):
     pages = {
-        "/good": (200, (GOOD + "\n").encode() * 3), "/html": (200, b"<html>busy</html>"), "/short": (200, GOOD.encode()),
-        "/error": (503, GOOD.encode()),
+        "/good": (200, (GOOD + "\n").encode() * 3), "/html": (200, b"<html>busy</html>"),
+        "/short": (200, GOOD.encode()), "/error": (503, GOOD.encode()),
     }
 
     def do_GET(self):
@@ -161,7 +162,8 @@ def test_download_keeps_only_what_is_whole(tmp_path):
         with pytest.raises(UserError, match=page):
             hellaswag.download(path, f"{url}/{page}", rows=3)
         assert list(path.parent.iterdir()) == []
-    assert hellaswag.download(path, f"{url}/good", rows=3) == path and len(list(hellaswag.iterate_examples(path))) == 3
+    assert hellaswag.download(path, f"{url}/good", rows=3) == path
+    assert len(list(hellaswag.iterate_examples(path))) == 3
     server.shutdown()
     assert hellaswag.download(path, f"{url}/good", rows=3) == path  # it is there: no server is asked
     with pytest.raises(UserError, match="--data"):
@@ -169,6 +171,8 @@ def test_download_keeps_only_what_is_whole(tmp_path):
 
 
 def test_command_refusals(tmp_path):
-    assert refused(run_script("hellaswag.py", "-m", tmp_path, check=False, env={"https_proxy": "http://127.0.0.1:9"}), "")
-    process = run_script("hellaswag.py", "-m", tmp_path / "nothing", "--data", tmp_path / "no.jsonl", check=False)
+    env = {"https_proxy": "http://127.0.0.1:9"}
+    assert refused(run_script("hellaswag.py", "-m", tmp_path, check=False, env=env), "")
+    process = run_script("hellaswag.py", "-m", tmp_path / "nothing",
+                         "--data", tmp_path / "no.jsonl", check=False)
     assert refused(process, "no.jsonl")

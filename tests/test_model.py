@@ -25,7 +25,9 @@ def tokens(*shape, vocab=96, seed=0):
 
 def test_parameter_counts():
     with torch.device("meta"):
-        sizes = {name: GPT(GPTConfig(vocab_size=50257, **shape)).num_params() for name, shape in GPT2_SIZES.items()}
+        sizes = {
+            name: GPT(GPTConfig(vocab_size=50257, **shape)).num_params() for name, shape in GPT2_SIZES.items()
+        }
         padded = GPT(GPTConfig())
     assert sizes == {
         "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200
@@ -35,10 +37,13 @@ def test_parameter_counts():
     assert round(padded.flops_per_token(1024) / 1e6, 1) == 854.7  # 6 N + 12 L T C
 
 
-@pytest.mark.parametrize("vocab_size, n_layer, n_head, n_embd", [(50257, 2, 2, 64), (50304, 3, 5, 40), (300, 1, 8, 64)])
+@pytest.mark.parametrize("vocab_size, n_layer, n_head, n_embd", [
+    (50257, 2, 2, 64), (50304, 3, 5, 40), (300, 1, 8, 64),
+])
 def test_logits_equal_transformers(tmp_path, vocab_size, n_layer, n_head, n_embd):
     config = transformers.GPT2Config(
-        vocab_size=vocab_size, n_positions=64, n_embd=n_embd, n_layer=n_layer, n_head=n_head, initializer_range=0.3
+        vocab_size=vocab_size, n_positions=64, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
+        initializer_range=0.3,
     )
     torch.manual_seed(1)
     theirs = transformers.GPT2LMHeadModel(config).eval()
@@ -68,7 +73,9 @@ def test_save_pretrained_comes_back_without_the_padding(tmp_path):
         GPT(GPTConfig(**SMALL, bias=False)).save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("change", [dict(activation_function="gelu"), dict(scale_attn_by_inverse_layer_idx=True)])
+@pytest.mark.parametrize("change", [
+    dict(activation_function="gelu"), dict(scale_attn_by_inverse_layer_idx=True),
+])
 def test_a_gpt2_with_another_architecture_is_refused(tmp_path, change):
     config = transformers.GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=1, n_head=2, **change)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
@@ -120,7 +127,7 @@ def plain_loss(gpt, x, y):
 
 
 def test_chunked_loss_has_the_plain_gradients(gpt, monkeypatch):
-    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 7 * 96)  # 37 slices of 7 rows, the last one shorter
+    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 7 * 96)  # 37 slices of 7 rows, the last shorter
     x, y = tokens(8, 32), tokens(8, 32, seed=1)
     results = []
     for loss in (plain_loss(gpt, x, y), gpt(x, y)[1]):
@@ -212,13 +219,15 @@ def test_temperature_top_k_and_top_p():
     assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert shares(top_p=0.79) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert shares(top_p=0.81) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.03)
-    assert shares(top_p=1e-9) == shares(top_k=1) == shares(temperature=0) == shares(temperature=1e-30) == [1, 0, 0, 0]
+    assert (shares(top_p=1e-9) == shares(top_k=1) == shares(temperature=0) == shares(temperature=1e-30)
+            == [1, 0, 0, 0])
     assert shares(temperature=0.5) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.03)
 
 
 @pytest.mark.parametrize("settings, reason", [
-    (dict(temperature=-1), "temperature"), (dict(temperature=math.nan), "temperature"), (dict(top_k=0), "top_k"),
-    (dict(top_p=0), "top_p"), (dict(top_p=1.1), "top_p"), (dict(max_new_tokens=-1), "max_new_tokens"),
+    (dict(temperature=-1), "temperature"), (dict(temperature=math.nan), "temperature"),
+    (dict(top_k=0), "top_k"), (dict(top_p=0), "top_p"), (dict(top_p=1.1), "top_p"),
+    (dict(max_new_tokens=-1), "max_new_tokens"),
 ])
 def test_sampling_settings_that_mean_nothing_are_refused(gpt, settings, reason):
     with pytest.raises(ValueError, match=reason):
@@ -243,8 +252,11 @@ def test_only_matrices_decay(gpt):
 def test_mfu_and_summary():
     with torch.device("meta"):
         gpt = GPT(GPTConfig())
-    assert gpt.estimate_mfu(500_000, 1024, "NVIDIA H100 80GB HBM3") == pytest.approx(854.7e6 * 500_000 / 989e12, rel=1e-3)
-    assert gpt.estimate_mfu(500_000, 1024, "NVIDIA H100 PCIe") > gpt.estimate_mfu(500_000, 1024, "NVIDIA H100")
+    assert gpt.estimate_mfu(500_000, 1024, "NVIDIA H100 80GB HBM3") == pytest.approx(
+        854.7e6 * 500_000 / 989e12, rel=1e-3
+    )
+    assert (gpt.estimate_mfu(500_000, 1024, "NVIDIA H100 PCIe")
+            > gpt.estimate_mfu(500_000, 1024, "NVIDIA H100"))
     assert gpt.estimate_mfu(500_000, 1024, "a card of tomorrow") is None
     summary = gpt.summary()
     assert "124,475,904" in summary and "transformer.h.11" in summary and "(2304, 768)" in summary

@@ -65,7 +65,8 @@ def test_an_empty_prompt_starts_a_document(learned):
 @pytest.mark.parametrize("flags, words", [
     (["-p", "@/no/such/file"], ["-p", "/no/such/file"]), (["--temperature", "-1"], ["--temperature"]),
     (["--top_k", "0"], ["--top_k"]), (["--top_p", "2"], ["--top_p"]), (["-d", "tpu"], ["--device", "tpu"]),
-    (["-n", "0"], ["-n"]), (["--max_new_tokens", "x"], ["--max_new_tokens"]), (["-m", "nowhere"], ["nowhere", "gpt2"]),
+    (["-n", "0"], ["-n"]), (["--max_new_tokens", "x"], ["--max_new_tokens"]),
+    (["-m", "nowhere"], ["nowhere", "gpt2"]),
 ])
 def test_refusals(log_dir, flags, words):
     assert refused(run_script("sample.py", "-m", log_dir, *flags, check=False), *words)
@@ -76,11 +77,15 @@ def test_gpt2_without_network_is_one_line(tmp_path):
     assert refused(run_script("sample.py", "-m", "gpt2", "-p", "x", check=False, env=env), "gpt2", "network")
 
 
-@pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb_edu.py", "hellaswag.py", "sample.py", "tokenizer.py"])
+@pytest.mark.parametrize("script", [
+    "train_gpt2.py", "fineweb_edu.py", "hellaswag.py", "sample.py", "tokenizer.py",
+])
 def test_help_and_wrong_flags_answer_before_torch_is_imported(script):
     started = time.perf_counter()
     assert "usage:" in run_script(script, "--help").stdout
-    assert refused(run_script(script, "--no_such_flag", check=False), "no_such_flag" if script != "tokenizer.py" else "")
+    assert refused(
+        run_script(script, "--no_such_flag", check=False), "no_such_flag" if script != "tokenizer.py" else ""
+    )
     assert time.perf_counter() - started < 2  # two starts; importing torch alone takes longer than that
 
 
@@ -94,6 +99,6 @@ def test_importing_does_nothing(tmp_path):
         "assert not {'transformers', 'datasets', 'tokenizers'} & set(sys.modules), 'heavy imports'\n"
         "assert not torch.distributed.is_initialized()\n"
     )
-    process = run_script("-c", f"import sys, os; sys.dont_write_bytecode = True; sys.path.insert(0, {str(ROOT)!r}); "
-                         f"os.chdir({str(tmp_path)!r})\n{code}")
+    process = run_script("-c", f"import sys, os; sys.dont_write_bytecode = True; "
+                         f"sys.path.insert(0, {str(ROOT)!r}); os.chdir({str(tmp_path)!r})\n{code}")
     assert process.stdout == ""

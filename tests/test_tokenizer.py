@@ -9,7 +9,9 @@ from tokenizer import get_tokenizer, train
 
 
 def test_gpt2(gpt2_tokenizer):
-    assert gpt2_tokenizer.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert gpt2_tokenizer.encode("Hello, I'm a language model,") == [
+        15496, 11, 314, 1101, 257, 3303, 2746, 11
+    ]
     assert (gpt2_tokenizer.n_vocab, gpt2_tokenizer.eot_token) == (50257, 50256)
 
 
@@ -27,7 +29,8 @@ def test_a_learned_one_is_byte_level_and_the_same_in_both_libraries(learned, tex
 def test_learning_is_reproducible_and_says_when_the_text_is_too_small(tmp_path, texts, learned):
     train(texts, 512, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == open(learned, "rb").read()
-    assert train(["ab ab ab"], 5000, tmp_path / "small.json") == get_tokenizer(str(tmp_path / "small.json")).n_vocab < 300
+    assert (train(["ab ab ab"], 5000, tmp_path / "small.json")
+            == get_tokenizer(str(tmp_path / "small.json")).n_vocab < 300)
 
 
 @pytest.mark.parametrize("size", [256, 65537])
@@ -54,6 +57,10 @@ def test_command(tmp_path, texts):
 
 def test_without_network_and_cache_one_line_says_what_to_do(tmp_path):
     (tmp_path / "text.txt").write_text("text")
-    nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "https_proxy": "http://127.0.0.1:9", "DATA_GYM_CACHE_DIR": ""}
-    process = run_script("fineweb_edu.py", "--input", tmp_path / "text.txt", "--data_dir", tmp_path / "out", check=False, env=nowhere)
+    nowhere = {
+        "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "https_proxy": "http://127.0.0.1:9",
+        "DATA_GYM_CACHE_DIR": "",
+    }
+    process = run_script("fineweb_edu.py", "--input", tmp_path / "text.txt", "--data_dir", tmp_path / "out",
+                         check=False, env=nowhere)
     assert refused(process, "TIKTOKEN_CACHE_DIR", "vocab.bpe", "encoder.json")

@@ -1,0 +1,69 @@
+"""A stand-in for the Hugging Face hub: one dataset repository, served from memory on the loopback address."""
+
+import hashlib
+import http.server
+import json
+import threading
+import urllib.parse
+
+REPOSITORY, REVISION = "HuggingFaceFW/fineweb-edu", "0123456789abcdef0123456789abcdef01234567"
+
+
+def serve(files):
+    """Serve {path: bytes} as the repository; returns the server, which lists what it was asked in `asked`."""
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            url = urllib.parse.urlparse(self.path)
+            path = urllib.parse.unquote(url.path)
+            self.server.asked.append((self.command, path))
+            api, file = f"/api/datasets/{REPOSITORY}", f"/datasets/{REPOSITORY}/resolve/"
+            if path.startswith(f"{api}/tree/"):
+                below = path.removeprefix(f"{api}/tree/{REVISION}").strip("/")
+                self.reply_json(tree(f"{below}/" if below else "", "recursive=true" in url.query.lower()))
+            elif path.startswith(f"{api}/paths-info/"):
+                form = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                self.reply_json([entry(name) for name in form.get("paths", []) if name in files])
+            elif path == api or path.startswith(f"{api}/revision/"):
+                siblings = [{"rfilename": name} for name in files]
+                self.reply_json({"id": REPOSITORY, "sha": REVISION, "siblings": siblings, "private": False})
+            elif path.startswith(file) and path.removeprefix(file).partition("/")[2] in files:
+                content = files[path.removeprefix(file).partition("/")[2]]
+                headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": REVISION}
+                self.reply(200, content, headers)
+            else:
+                self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+
+        do_HEAD = do_POST = do_GET
+
+        def reply_json(self, value):
+            self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+        def reply(self, status, content, headers):
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": len(content)}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    def entry(name):
+        oid = hashlib.sha1(files[name]).hexdigest()
+        return {"type": "file", "path": name, "size": len(files[name]), "oid": oid}
+
+    def tree(below, recursive):
+        names = [name for name in files if name.startswith(below)]
+        if recursive:
+            return [entry(name) for name in names]
+        folders = {below + name.removeprefix(below).partition("/")[0] for name in names} - set(names)
+        return [{"type": "directory", "path": folder, "size": 0, "oid": ""} for folder in sorted(folders)] + [
+            entry(name) for name in names if "/" not in name.removeprefix(below)
+        ]
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
