@@ -357,7 +357,7 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
         print(f"{data_dir}: going on behind {manifest['shards'][-1]['file']}")
     done = sum(shard["tokens"] for shard in manifest["shards"])
     progress = tqdm(unit=" tokens", unit_scale=True, initial=done, desc=data_dir.name,
-                    disable=not sys.stderr.isatty())
+                    disable=None)
     if num_proc > 1:  # spawned, for a fork is not safe beside threads
         pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=start_worker)
     else:

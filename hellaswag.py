@@ -205,7 +205,7 @@ def evaluate(model, tokenizer, examples, batch_tokens=None, rank=0, world_size=1
     batches = make_batches(rows, batch_tokens)
     scored = []
     for first in tqdm(range(0, len(batches), world_size), desc="HellaSwag", unit="batch",
-                      disable=not progress):
+                      disable=None if progress else True):
         before_batch()
         if first + rank < len(batches):
             batch = batches[first + rank]

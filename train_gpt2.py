@@ -184,10 +184,11 @@ def setup_ranks(device=None):
     """Join the process group that torchrun announces, if it does: (device, rank, world_size)."""
     device = checkpoint.pick_device(device)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and device == "cuda":
+        device = checkpoint.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    if ":" in device:
+        torch.cuda.set_device(device)
     if world_size > 1:
-        if device == "cuda":
-            device = checkpoint.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return device, rank, world_size
 
@@ -292,7 +293,7 @@ def main(args):
 
     if newest:
         raw_model, meta = checkpoint.load(newest, device)
-        start_step, before = meta["step"], meta["identity"]
+        start_step, before = meta["step"], meta.get("identity", {})
         changes = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in identity.items()
                    if before.get(key) != value]
         if changes:

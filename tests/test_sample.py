@@ -1,5 +1,9 @@
 """sample.py: text out, streamed; and every script's --help and refusals of flags, at once."""
 
+import os
+import pty
+import subprocess
+import sys
 import time
 
 import pytest
@@ -53,6 +57,16 @@ def test_stops_at_end_of_text_and_decodes_split_characters(log_dir, capsys):
     model.stream = lambda idx, n, **_: iter(torch.tensor(ids).view(-1, 1, 1).repeat(1, len(idx), 1))
     sample.print_samples(model, tokenizer, "<", 2, 9)
     assert capsys.readouterr().out == "<é🙂\n" + "-" * 40 + "\n<é🙂\n"
+
+
+def test_prompts_are_typed_on_a_terminal_when_none_is_given(log_dir):
+    terminal, stdin = pty.openpty()
+    command = [sys.executable, "sample.py", "-m", log_dir, "-d", "cpu", "--max_new_tokens", "5"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, text=True)
+    os.write(terminal, b"The first\nThe second\n\n")  # the empty line ends it
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.count("prompt> ") == 3
+    assert out.index("prompt> The first") < out.index("prompt> The second")
 
 
 def test_an_empty_prompt_starts_a_document(learned):
