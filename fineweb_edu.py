@@ -99,17 +99,24 @@ def read_texts(path, column="text"):
 
 
 def read_pieces(file):
-    """A text file in pieces that encode as the whole does: no token spans the place between a visible
-    character and a newline, so it is cut there, and a file of any size fits into memory."""
+    """A text file in pieces that encode as the whole does, so that a file of any size fits into memory."""
     rest, starts_document = "", True
     while block := file.read(BATCH_CHARS):
-        rest += block
-        cut = re.search(r".*\S(?=\n)", rest, re.DOTALL)
+        cut = last_cut(block)
         if cut:
-            yield starts_document, rest[: cut.end()]
-            rest, starts_document = rest[cut.end() :], False
+            yield starts_document, rest + block[:cut]
+            rest, starts_document = block[cut:], False
+        else:
+            rest += block
     if rest:
         yield starts_document, rest
+
+
+def last_cut(text):
+    """The last place between a visible character and white space, where GPT-2 always ends a word; or 0."""
+    end = max(0, *(text.rfind(space) for space in " \n\r\t"))
+    head = text[:end].rstrip(" \n\r\t")
+    return len(head) if head and not head[-1].isspace() else 0
 
 
 def parse_json(line, place):

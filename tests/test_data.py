@@ -1,6 +1,7 @@
 """Shards and the loader: what goes in comes out, after any interruption, for any number of ranks."""
 
 import gzip
+import io
 import json
 import shutil
 import signal
@@ -66,6 +67,19 @@ def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc
     assert [shard["split"] for shard in manifest["shards"]] == (
         ["val"] + ["train"] * (len(manifest["shards"]) - 1)
     )
+
+
+@pytest.mark.parametrize("text", [
+    "a line\r\n \t and more  \n\n" * 9, "oneword" * 40, "a\u00a0 b\x1c c!\x1cd\n" * 20, "\n" * 99,
+])
+def test_a_text_in_pieces_encodes_as_the_whole(learned, monkeypatch, text):
+    for size in (1, 2, 7, 50):
+        monkeypatch.setattr(fineweb_edu, "BATCH_CHARS", size)
+        pieces = list(fineweb_edu.read_pieces(io.StringIO(text, newline="")))
+        ids = [i for _, piece in pieces for i in get_tokenizer(learned).encode_ordinary(piece)]
+        assert ids == get_tokenizer(learned).encode_ordinary(text)
+        assert [starts for starts, _ in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert len(pieces) > 2 or " " not in text
 
 
 @pytest.mark.parametrize("shard_size, val_tokens, expected", [

@@ -292,7 +292,8 @@ def test_every_config_is_complete_and_divides():
     for path in sorted((ROOT / "configs").glob("*.txt")):
         args = parse_args([f"@{path}"])
         assert args.total_batch_size % (args.micro_batch_size * args.sequence_length) == 0, path
-        assert args.min_lr == pytest.approx(args.max_lr / 10), path
+        if path.name.startswith("gpt2_"):  # the cosine of the GPT-3 paper ends at a tenth
+            assert args.min_lr == pytest.approx(args.max_lr / 10), path
 
 
 def test_refusals(shards, whole, tmp_path):
