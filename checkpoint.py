@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from files import UserError, beside, digest, sync_directory
+from files import UserError, beside, digest, first_line, sync_directory
 from model import GPT, GPT2_SIZES, GPTConfig
 from tokenizer import get_tokenizer
 
@@ -134,21 +134,25 @@ def numbered(log_dir):
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def latest(log_dir):
-    """The newest valid checkpoint of a log directory, or None; and why each newer one was passed over."""
+def latest(log_dir, to_resume=False):
+    """The newest valid checkpoint of a log directory, or None; and why each newer one was passed over.
+
+    to_resume: only one with an optimizer will do.
+    """
     skipped = []
     for path in numbered(log_dir):
         try:
-            read_meta(path)
+            if "optimizer.safetensors" not in read_meta(path)["files"] and to_resume:
+                raise DamagedCheckpoint(f"{path} has no optimizer.safetensors: a run can't go on from it")
             return path, skipped
         except DamagedCheckpoint as error:
             skipped.append(str(error))
     return None, skipped
 
 
-def prune(log_dir, keep):
-    """Remove all but the newest `keep` numbered checkpoints."""
-    for path in numbered(log_dir)[keep:]:
+def prune(log_dir, keep, step):
+    """Remove all but the newest `keep` checkpoints up to `step`; a damaged one beyond it will be replaced."""
+    for path in [path for path in numbered(log_dir) if int(NAME.match(path.name)[1]) <= step][keep:]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -192,8 +196,7 @@ def load_model(source, device="cpu"):
     try:
         return GPT.from_pretrained(source).to(device)
     except Exception as error:  # from a torn file to a pickle that is refused: transformers raises all kinds
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{source} can't be loaded ({reason}); "
+        raise UserError(f"{source} can't be loaded ({first_line(error)}); "
                         "without network, give -m a local directory") from error
 
 
@@ -219,6 +222,7 @@ def pick_device(name=None):
     available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
     name = name or available[0]
     kind, _, index = name.partition(":")
-    if kind not in available or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in available or (":" in name and index not in map(str, range(count))):
         raise UserError(f"--device {name}: not on this machine, which has {', '.join(available)}")
     return name

@@ -15,6 +15,8 @@ from files import UserError, atomic_write
 from fineweb_edu import prepare, read_manifest
 from tokenizer import train
 
+SOURCE = {"documentation of": f"Python {platform.python_version()}"}
+
 
 def documents():
     """The texts, each once, shuffled by a fixed seed; nothing is imported but the reference's topics."""
@@ -43,6 +45,8 @@ def documents():
 def prepare_demo(data_dir):
     """Write the documentation as shards, and a tokenizer learned on it, to data_dir unless they are there."""
     manifest = read_manifest(data_dir)
+    if manifest and manifest["source"] != SOURCE:
+        raise UserError(f"--data_dir {data_dir} holds other data: leave --demo_data out, or name another one")
     if manifest and manifest["complete"]:
         return
     print(f"gathering Python's own documentation into {data_dir} ...", flush=True)
@@ -55,5 +59,4 @@ def prepare_demo(data_dir):
     with atomic_write(sources / "python_docs.jsonl") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     train(texts, 2048, sources / "tokenizer.json")
-    source = {"files": f"documentation of Python {platform.python_version()}"}
-    prepare([str(sources / "python_docs.jsonl")], data_dir, source, tokenizer=str(sources / "tokenizer.json"))
+    prepare([str(sources / "python_docs.jsonl")], data_dir, SOURCE, tokenizer=str(sources / "tokenizer.json"))

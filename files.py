@@ -12,11 +12,15 @@ class UserError(ValueError):
     """A mistake in a flag or a file. Its text is the one line the user sees: what is wrong and the remedy."""
 
 
+# what the system says of a path that a user gave and that can't be used so
+UNUSABLE_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
 def run(main, args):
-    """main(args) as a script: a UserError ends it with one line and exit status 2, Ctrl-C with status 130."""
+    """main(args) as a script: a mistake ends it with one line and exit status 2, Ctrl-C with status 130."""
     try:
         main(args)
-    except UserError as error:
+    except (UserError, *UNUSABLE_PATH) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # all ranks find most mistakes: rank 0 says it, and torchrun ends the others
         print(f"error: {error}", file=sys.stderr)
@@ -26,6 +30,11 @@ def run(main, args):
     except BrokenPipeError:  # the reader of a pipe has left: `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def first_line(error):
+    """The first line of an exception's text, for messages of our own; its type where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def beside(path):

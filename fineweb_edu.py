@@ -26,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from files import UserError, atomic_write, digest, run
+from files import UserError, atomic_write, digest, first_line, run
 from tokenizer import get_tokenizer
 
 MANIFEST = "manifest.json"
@@ -62,6 +62,8 @@ def parse_args(argv=None):
     for flag in ("shard_size", "val_tokens", "num_proc"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"argument --{flag}: must be at least 1")
+    if args.input and args.name:
+        parser.error("argument --name: goes with --dataset, not with --input")
     if args.name is None and args.dataset == parser.get_default("dataset"):
         args.name = "sample-10BT"
     return args
@@ -179,8 +181,7 @@ def hub_files(dataset, name):
         builder = load_dataset_builder(dataset, name)
         data_files = builder.config.data_files or {}
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--dataset {dataset}: {reason}. "
+        raise UserError(f"--dataset {dataset}: {first_line(error)}. "
                         "Without network, --input takes local files") from error
     if "train" not in data_files:
         raise UserError(f"--dataset {dataset}: no train split of plain files "
@@ -307,12 +308,15 @@ def read_manifest(data_dir):
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         needed = {"tokenizer", "num_tokens", "complete", "shards"}
+        of_shard = {"file", "split", "tokens", "bytes", "digest"}
         if manifest["format"] != FORMAT or not needed <= manifest.keys():
             raise ValueError(f"it is not one of {FORMAT!r}")
+        if not all(of_shard <= shard.keys() for shard in manifest["shards"]):
+            raise ValueError("it does not describe its shards")
         return manifest
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} can't be used ({error!r}); prepare the data anew") from error
 
 
@@ -502,11 +506,14 @@ def main(args):
         for path in files:
             if not Path(path).is_file():
                 raise UserError(f"--input {path}: no such file")
-        source = {"files": [{"name": Path(path).name, "bytes": Path(path).stat().st_size} for path in files]}
+        source = {"files": [{"name": Path(path).name, "digest": digest(path)} for path in files]}
     else:
-        files = hub_files(args.dataset, args.name)
-        revisions = ", ".join({match[2] for match in map(HUB_ADDRESS.match, files) if match})
-        source = {"dataset": args.dataset, "name": args.name, "revision": revisions, "files": files}
+        source = (read_manifest(args.data_dir) or {}).get("source", {})
+        if (source.get("dataset"), source.get("name")) != (args.dataset, args.name):
+            files = hub_files(args.dataset, args.name)
+            revisions = ", ".join({match[2] for match in map(HUB_ADDRESS.match, files) if match})
+            source = {"dataset": args.dataset, "name": args.name, "revision": revisions, "files": files}
+        files = source["files"]  # of the revision that was begun with, though the hub may have a newer one
     settings = dict(tokenizer=args.tokenizer, column=args.text_column, shard_size=args.shard_size)
     manifest = prepare(files, args.data_dir, source, val_tokens=args.val_tokens, num_proc=args.num_proc,
                        **settings)

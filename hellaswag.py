@@ -9,6 +9,7 @@ mean. OpenAI's 124M reaches acc 0.2859, acc_norm 0.2955; the XL 0.3842 and 0.489
 """
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -59,9 +60,9 @@ def download(path=DATA, url=URL, rows=VALIDATION_ROWS):
     path = Path(path)
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     arriving = path.with_name(f".{path.name}.arriving")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=60) as response, atomic_write(arriving, "wb") as file:
             while block := response.read(2**20):
                 file.write(block)
@@ -73,21 +74,25 @@ def download(path=DATA, url=URL, rows=VALIDATION_ROWS):
         raise UserError(f"{url} can't be fetched ({error}); copy it to {path}, "
                         "or name a copy with --data") from error
     finally:
-        arriving.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            arriving.unlink()
     return path
 
 
 def iterate_examples(path):
     """Yield the examples of a .jsonl, dicts with ctx, four endings and a label of 0 to 3.
 
-    Raises UserError with the line of the first that is not one.
+    Raises UserError with the line of the first that is not one, and if there is none at all.
     """
+    number = 0
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 yield check_example(line, f"{path}:{number}")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read as HellaSwag examples ({error})") from error
+    if number == 0:
+        raise UserError(f"{path}: no examples in it")
 
 
 def check_example(line, place):
@@ -236,6 +241,8 @@ def evaluate(model, tokenizer, examples, batch_tokens=None, rank=0, world_size=1
 def main(args):
     from train_gpt2 import rank_zero_first, setup_ranks  # all of torch.distributed is set up there
 
+    if args.json and args.json != "-" and not Path(args.json).parent.is_dir():
+        raise UserError(f"--json {args.json}: no such directory")
     device, rank, world_size = setup_ranks(args.device)
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
@@ -243,8 +250,6 @@ def main(args):
         with rank_zero_first(rank, world_size):
             args.data = download()
     examples = list(iterate_examples(args.data))[: args.limit]
-    if not examples:
-        raise UserError(f"{args.data}: no examples in it")
     model, tokenizer = load_model_and_tokenizer(args.model_type, device)
     result = evaluate(model, tokenizer, examples, rank=rank, world_size=world_size, progress=rank == 0)
     if rank == 0:
@@ -259,6 +264,8 @@ def main(args):
             f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} on {result['n']} examples"
             + (cut if result["endings_cut"] else "")
         )
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ V = vocab_size.
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,8 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
+    """Multi-head attention of each token to itself and to those before it."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer
@@ -112,6 +115,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers, four times as wide in between, on each token by itself."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -126,6 +131,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention, then the MLP, each reading a LayerNorm and adding to the residual stream."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -186,6 +193,8 @@ def row_slices(x, vocab_size):
 
 
 class GPT(nn.Module):
+    """GPT-2: embeddings, n_layer blocks, a final LayerNorm, and the head that shares the token embedding."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -291,7 +300,8 @@ class GPT(nn.Module):
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        fused = device_type in ("cuda", "mps", "cpu")  # one kernel for the whole update, where it exists
+        # one kernel for the whole update, where it exists
+        fused = device_type.partition(":")[0] in ("cuda", "mps", "cpu")
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
     def num_params(self, non_embedding=False):
@@ -315,7 +325,7 @@ class GPT(nn.Module):
         FLOPs are counted by `flops_per_token`; None where PEAK_FLOPS does not know the device.
         """
         for name, peak in PEAK_FLOPS.items():
-            if name in device_name:
+            if re.search(rf"\b{name}\b", device_name):  # an L40 is no L4
                 return self.flops_per_token(sequence_length) * tokens_per_second / peak
         return None
 
@@ -360,8 +370,12 @@ class GPT(nn.Module):
 
         shape = dict(n_layer=hf_config.n_layer, n_head=hf_config.n_head, n_embd=hf_config.n_embd)
         config = GPTConfig(hf_config.n_positions, hf_config.vocab_size, **shape)
-        state = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32).state_dict()
-        return cls.from_state(config, {name: from_hf(name, tensor) for name, tensor in state.items()})
+        theirs, info = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        absent = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])} - {"lm_head.weight"})
+        if absent:  # transformers makes them up
+            raise ValueError(f"{source} lacks {', '.join(absent[:3])}, or has it in another shape")
+        state = {name: from_hf(name, tensor) for name, tensor in theirs.state_dict().items()}
+        return cls.from_state(config, state)
 
     @classmethod
     def from_state(cls, config, state):

@@ -38,6 +38,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.num_samples < 1:
         parser.error("argument -n: must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        parser.error("argument --seed: must lie between 0 and 2**63 - 1")
     return args
 
 

@@ -53,12 +53,12 @@ def get_tokenizer(name="gpt2"):
         special = {token["content"]: token["id"] for token in spec["added_tokens"]}
         encoding = tiktoken.Encoding(Path(name).stem, pat_str=r50k_pat_str, mergeable_ranks=ranks,
                                      special_tokens=special)
-        assert sorted(ranks.values()) == list(range(len(ranks))), "its ids are not 0, 1, 2, ..."
-        assert END_OF_TEXT in special, f"it has no {END_OF_TEXT}"
+        if sorted(ranks.values()) != list(range(len(ranks))) or END_OF_TEXT not in special:
+            raise ValueError(f"its ids are not 0, 1, 2, ..., or it has no {END_OF_TEXT}")
     except FileNotFoundError:
         raise UserError(f"no tokenizer {name}: name 'gpt2' or a file made by "
                         "`python tokenizer.py train`") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{name} is not a tokenizer made by "
                         f"`python tokenizer.py train`: {error!r}") from error
     return encoding
@@ -93,6 +93,8 @@ def train(texts, vocab_size, path):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
+    if vocab_size > 257 and bpe.get_vocab_size() == 256:
+        raise UserError("no tokenizer can be learned: the text holds no pair of bytes that comes twice")
 
     # tiktoken joins any two neighbours whose union is a token, the earliest learned first. Listed so, the
     # merges make the tokenizers library do the same: as merges were learned, each token would be reached by

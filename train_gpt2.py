@@ -20,8 +20,15 @@ def parse_args(argv=None):
         fromfile_prefix_chars="@",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    # a config file holds flags as they are typed, and comments behind #
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+
+    def split_line(line):
+        """The flags of a config file's line, written as on a command line; # begins a comment."""
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            parser.error(f"config line {line!r}: {error}")
+
+    parser.convert_arg_line_to_args = split_line
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     # the run
     add("--data_dir", default="edu_fineweb10B", help="shards made by fineweb_edu.py")
@@ -29,7 +36,7 @@ def parse_args(argv=None):
     add("--log_dir", default="log", help="where log.txt, run.json and the checkpoints go")
     add("--resume", action="store_true", help="go on from the newest valid checkpoint of log_dir")
     add("--init_from", metavar="MODEL",
-        help="fine-tune gpt2, ..., gpt2-xl, a Hugging Face directory, a checkpoint")
+        help="fine-tune gpt2, ..., gpt2-xl, a Hugging Face directory, a checkpoint; its shape counts")
     add("--seed", type=int, default=1337, help="of weights, order of the data, dropout and samples")
     add("--device", help="cuda, mps or cpu; found by itself")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="of products; the device's best")
@@ -62,7 +69,10 @@ def parse_args(argv=None):
     add("--sample_prompt", default="Hello, I'm a language model,")
     add("--save_every", type=int, default=1000, help="interval of checkpoints (none at step 0)")
     add("--keep", type=int, default=2, help="numbered checkpoints that stay, the newest")
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except UnicodeDecodeError as error:
+        parser.error(f"a config file is not UTF-8 text: {error}")
 
     at_least = dict(max_steps=1, total_batch_size=1, micro_batch_size=1, sequence_length=1, val_tokens=1)
     at_least |= dict(keep=2, val_every=0, hellaswag_every=0, sample_every=0, save_every=0, warmup_steps=0)
@@ -70,9 +80,14 @@ def parse_args(argv=None):
     for flag, least in at_least.items():
         if not least <= getattr(args, flag) < float("inf"):
             parser.error(f"argument --{flag}: must be at least {least}, not {getattr(args, flag)}")
-    args.block_size = args.block_size or args.sequence_length
+    if args.seed >= 2**63:
+        parser.error("argument --seed: must be less than 2**63")
+    if args.block_size is None:
+        args.block_size = args.sequence_length
     if args.block_size < args.sequence_length:
         parser.error(f"argument --block_size: less than --sequence_length {args.sequence_length}")
+    if args.val_tokens < args.sequence_length:
+        parser.error(f"argument --val_tokens: less than --sequence_length {args.sequence_length}")
     return args
 
 
@@ -98,17 +113,20 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 import checkpoint  # noqa: E402
 import fineweb_edu  # noqa: E402
 import hellaswag  # noqa: E402
-from files import UserError, atomic_write, run  # noqa: E402
+from files import UserError, atomic_write, first_line, run  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from sample import print_samples  # noqa: E402
 from tokenizer import get_tokenizer  # noqa: E402
 
 # the flags that make a run what it is: to resume with another value would be another run
 IDENTITY = (
-    "init_from", "seed", "max_steps", "total_batch_size", "sequence_length", "n_layer", "n_head", "n_embd",
-    "vocab_size", "block_size", "dropout", "bias", "max_lr", "min_lr", "warmup_steps", "weight_decay",
-    "grad_clip",
+    "seed", "max_steps", "total_batch_size", "sequence_length", "n_layer", "n_head", "n_embd", "vocab_size",
+    "block_size", "dropout", "bias", "max_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip",
+    "val_tokens",
 )
+
+
+NOT_FINITE = "Go on with --resume --dtype float32, or start anew with a lower --max_lr"
 
 
 class DataLoaderLite:
@@ -150,7 +168,8 @@ class DataLoaderLite:
         ids = tokens[n * self.T : (n + 1) * self.T + 1].astype(np.int64)
         if ids.max() >= self.vocab_size:
             offset = n * self.T + int((ids >= self.vocab_size).argmax())
-            raise UserError(f"--vocab_size {self.vocab_size}: {path} holds id {tokens[offset]} at {offset}")
+            raise UserError(f"{path} holds id {tokens[offset]} at {offset}, the tokenizer ends at "
+                            f"{self.vocab_size - 1}: prepare the data anew")
         return ids
 
     def batch(self, first, count):
@@ -186,7 +205,7 @@ def setup_ranks(device=None):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and device == "cuda":
         device = checkpoint.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    if ":" in device:
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -203,10 +222,20 @@ def rank_zero_first(rank, world_size):
         dist.barrier()
 
 
+@contextlib.contextmanager
+def memory_advice():
+    """Out of memory on a GPU is a mistake of the user's that has a remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError("--micro_batch_size: out of memory; half of it gives the same result") from error
+
+
 class StopRequested(Exception):
     """SIGTERM or Ctrl-C, agreed on by all ranks. args[0] is the signal's number."""
 
 
+@memory_advice()
 def main(args):
     tune_host()
     device, rank, world_size = setup_ranks(args.device)
@@ -219,19 +248,37 @@ def main(args):
         if rank == 0:
             print(*words, flush=True)
 
-    # a first stop signal is remembered, and asked for where the model is whole; a second one kills
+    def largest(value):
+        """The largest of all ranks' values."""
+        value = torch.tensor(int(value))
+        if ddp:
+            dist.all_reduce(value, dist.ReduceOp.MAX, group=control)
+        return value.item()
+
+    # a stop signal is remembered, and asked for where the model is whole. torchrun and schedulers send it to
+    # ranks that have it already; a person who presses Ctrl-C again seconds later does not want to wait
     received = []
 
     def on_signal(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if received and number == signal.SIGINT and time.monotonic() - received[1] > 3:
+            raise KeyboardInterrupt
+        if not received:
+            received.extend((number, time.monotonic()))
 
     def check_stop():
-        number = torch.tensor(received[0] if received else 0)
-        if ddp:
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=control)
+        number = largest(received[0] if received else 0)
         if number:
-            raise StopRequested(number.item())
+            raise StopRequested(number)
+
+    log_dir = Path(args.log_dir)
+    log_file = log_dir / "log.txt"
+    if not args.resume and (checkpoint.numbered(log_dir) or log_file.exists() and log_file.stat().st_size):
+        raise UserError(f"--log_dir {log_dir} holds a run: --resume goes on with it, another one starts anew")
+    shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "dropout", "bias")}
+    try:
+        config = GPTConfig(args.block_size, args.vocab_size, **shape)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
 
     # ----------------------------------------------------------------------------------------------- the data
 
@@ -248,34 +295,38 @@ def main(args):
 
         with rank_zero_first(rank, world_size):
             prepare_demo(args.data_dir)
-    settings = dict(data_dir=args.data_dir, seed=args.seed, vocab_size=args.vocab_size)
+    tokenizer_name = fineweb_edu.tokenizer_of(args.data_dir)
+    tokenizer, reason = None, "not on every rank"
+    with rank_zero_first(rank, world_size):
+        try:
+            tokenizer = get_tokenizer(tokenizer_name)
+        except UserError as error:
+            if tokenizer_name != "gpt2":
+                raise
+            reason = error
+    if largest(tokenizer is None):  # the shards of GPT-2's need it for nothing else
+        say(f"training goes on without samples, HellaSwag and bits per byte: {reason}")
+        tokenizer = None
+    num_tokens = tokenizer.n_vocab if tokenizer else 50257
+
+    settings = dict(data_dir=args.data_dir, seed=args.seed, vocab_size=num_tokens)
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", **settings)
     val_loader = DataLoaderLite(B, T, rank, world_size, "val", **settings)
-    val_windows = max(1, min(args.val_tokens // T, val_loader.num_windows))
+    if num_tokens > args.vocab_size and not args.init_from:
+        raise UserError(f"--vocab_size {args.vocab_size}: {args.data_dir} was encoded with {num_tokens} ids")
+    config.num_tokens = num_tokens
+    val_windows = min(args.val_tokens // T, val_loader.num_windows)
     if fineweb_edu.read_manifest(args.data_dir) is None:
         say(f"{args.data_dir} has no manifest: its shards are unverified")
     if val_windows < args.val_tokens // T:
         say(f"the val split has {val_windows * T:,} tokens, fewer than --val_tokens: all of them are read")
 
-    tokenizer_name = fineweb_edu.tokenizer_of(args.data_dir)
-    try:
-        tokenizer = get_tokenizer(tokenizer_name)
-        num_tokens = tokenizer.n_vocab
-    except UserError as error:
-        if tokenizer_name != "gpt2":
-            raise
-        say(f"training goes on without samples, HellaSwag and bits per byte: {error}")
-        tokenizer, num_tokens = None, 50257
-    if num_tokens > args.vocab_size:
-        raise UserError(f"--vocab_size {args.vocab_size}: {args.data_dir} was encoded with {num_tokens} ids")
     examples = load_hellaswag(args, rank, world_size, say) if tokenizer and args.hellaswag_every else None
+    if largest(examples is None):  # all ranks evaluate, or none
+        examples = None
 
     # -------------------------------------------------------------------- the model, new or from a checkpoint
 
-    log_dir = Path(args.log_dir)
-    log_file = log_dir / "log.txt"
-    if not args.resume and (checkpoint.numbered(log_dir) or log_file.exists() and log_file.stat().st_size):
-        raise UserError(f"--log_dir {log_dir} holds a run: --resume goes on with it, another one starts anew")
     identity = {flag: getattr(args, flag) for flag in IDENTITY}
     identity |= dict(data=fineweb_edu.identity(args.data_dir), tokenizer=Path(tokenizer_name).name)
     start_step, newest, meta = 0, None, {}
@@ -283,7 +334,7 @@ def main(args):
         with rank_zero_first(rank, world_size):
             if rank == 0:
                 checkpoint.clean(log_dir)
-            newest, skipped = checkpoint.latest(log_dir)
+            newest, skipped = checkpoint.latest(log_dir, to_resume=True)
         for reason in skipped:
             say(f"passed over: {reason}")
         if newest is None and skipped:
@@ -303,11 +354,6 @@ def main(args):
     elif args.init_from:
         raw_model = load_init(args, tokenizer, num_tokens).to(device)
     else:
-        shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "dropout", "bias")}
-        try:
-            config = GPTConfig(args.block_size, args.vocab_size, num_tokens=num_tokens, **shape)
-        except ValueError as error:
-            raise UserError(f"--{error}") from error
         torch.manual_seed(args.seed)
         raw_model = GPT(config).to(device)
     raw_model.train()
@@ -353,15 +399,12 @@ def main(args):
         try:
             compiled = torch.compile(raw_model)
             warm_up(compiled)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(B) from error
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # no C++ compiler, no headers, a GPU too old for Triton, ...
             failure = error
-        failed = torch.tensor(failure is not None)
-        if ddp:
-            dist.all_reduce(failed, dist.ReduceOp.MAX, group=control)
-        if failed:
-            reason = str(failure).strip().partition("\n")[0] if failure else "on another rank"
+        if largest(failure is not None):
+            reason = first_line(failure) if failure else "it failed on another rank"
             say(f"torch.compile does not work here, training goes on without it: {reason}")
             compiled = raw_model
             optimizer.zero_grad()
@@ -419,11 +462,13 @@ def main(args):
 
     def save(path, optimizer=None):
         """Write a checkpoint of this step, on rank 0; the others wait until it stands."""
+        if not all(p.isfinite().all() for p in raw_model.parameters()):
+            sys.exit(f"error: before step {step} the weights are not finite; nothing was saved. {NOT_FINITE}")
         if rank == 0:
             os.fsync(log_lines.fileno())  # what led to a checkpoint is on the disk before it is
             facts = dict(val_loss=val_loss, best_val=best_val, dtype=dtype, scaler=scaler.state_dict())
             checkpoint.save(path, step, raw_model, tokenizer_name, optimizer, identity=identity, **facts)
-            checkpoint.prune(log_dir, args.keep)
+            checkpoint.prune(log_dir, args.keep, step)
         if ddp:
             dist.barrier(group=control)
         say(f"step {step}: saved {path}")
@@ -462,7 +507,7 @@ def main(args):
                     log(val_bpb=nats_per_byte / math.log(2))
                     words += f", {nats_per_byte:.4f} nats ({nats_per_byte / math.log(2):.4f} bits) per byte"
                 say(words)
-                if val_loss < best_val and step > start_step:
+                if val_loss < best_val and step > 0:
                     best_val = val_loss
                     save(log_dir / "best")
             if examples and due(args.hellaswag_every):
@@ -471,7 +516,9 @@ def main(args):
                 say(f"step {step}: HellaSwag acc_norm {accuracy:.4f} on {len(examples)} examples")
             if tokenizer and due(args.sample_every) and rank == 0:
                 sample()
-            if due(args.save_every) and step > start_step:
+            # a stop may have saved the step that a run resumes at, but before it was evaluated
+            saved = step == start_step and val_loss == meta.get("val_loss")
+            if due(args.save_every) and step > 0 and not saved:
                 save(log_dir / f"ckpt_{step:06d}", optimizer)
             if step == args.max_steps:  # the extra lap measured and saved the finished model
                 break
@@ -504,8 +551,7 @@ def main(args):
             train_loss, norm = loss_mean.item(), norm.item()  # the one time that the GPU is waited for
             dt = time.perf_counter() - started
             if not math.isfinite(train_loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                sys.exit(f"error: step {step} has loss {train_loss} and gradient norm {norm}. No checkpoint "
-                         "holds it: go on with --resume --dtype float32, or start anew with a lower --max_lr")
+                sys.exit(f"error: step {step} has loss {train_loss} and gradient norm {norm}. {NOT_FINITE}")
             tokens_per_second = args.total_batch_size / dt
             log(train=train_loss, norm=norm, lr=lr, **{"tok/s": tokens_per_second})
             dt_mean = dt if step < start_step + 2 else 0.9 * dt_mean + 0.1 * dt  # the first step is slow
@@ -519,8 +565,6 @@ def main(args):
         if step > start_step or not newest:  # the step under way is dropped: a resumed run begins with it
             save(log_dir / f"ckpt_{step:06d}", optimizer)
         say(f"stopped by {signal.Signals(stopped).name} before step {step}; --resume goes on")
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(B) from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -552,13 +596,15 @@ def load_init(args, tokenizer, num_tokens):
     """The model that --init_from names, once flags and data are found to fit it. Raises UserError."""
     model = checkpoint.load_model(args.init_from)
     defaults = parse_args([])
-    for flag in ("n_layer", "n_head", "n_embd", "vocab_size", "bias"):
-        given, loaded = getattr(args, flag), getattr(model.config, flag)
-        if given not in (loaded, getattr(defaults, flag)):
-            raise UserError(f"--{flag} {given}: the model of --init_from {args.init_from} has {loaded}")
     if args.sequence_length > model.config.block_size:
         raise UserError(f"--sequence_length {args.sequence_length}: {args.init_from} reads at most "
                         f"{model.config.block_size} tokens")
+    defaults.block_size = args.sequence_length
+    for flag in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size", "bias"):
+        given, loaded = getattr(args, flag), getattr(model.config, flag)
+        if given not in (loaded, getattr(defaults, flag)):
+            raise UserError(f"--{flag} {given}: the model of --init_from {args.init_from} has {loaded}")
+        setattr(args, flag, loaded)  # run.json records what the run has
     if num_tokens > model.config.vocab_size:
         raise UserError(f"--data_dir {args.data_dir}: its tokenizer has {num_tokens} ids, {args.init_from} "
                         f"knows {model.config.vocab_size}")
@@ -571,17 +617,18 @@ def load_init(args, tokenizer, num_tokens):
     return GPT.from_state(model.config, model.state_dict())  # built anew, for dropout is part of its layers
 
 
-def out_of_memory(B):
-    return UserError(f"--micro_batch_size {B}: out of memory; half of it gives the same result")
-
-
 def keep_log_before(path, step):
-    """Drop the lines of steps >= step from log.txt, and a line that a crash cut short."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n") and len(line.split()) == 3]
-        with atomic_write(path) as file:
-            file.writelines(line for line in whole if int(line.split()[0]) < step)
+    """Drop the lines of steps >= step from log.txt, and the last line if a crash cut it short."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        if len(line.split()) != 3 or not line.split()[0].isdigit():
+            raise UserError(f"{path}:{number} is no line of a log: {line.strip()!r}; remove it")
+    with atomic_write(path) as file:
+        file.writelines(line for line in lines if int(line.split()[0]) < step)
 
 
 def record_start(path, args, **facts):
@@ -592,7 +639,10 @@ def record_start(path, args, **facts):
         commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), flags=vars(args), **facts, git_commit=commit,
                   torch=torch.__version__, python=platform.python_version())
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): remove it, it is a record only") from error
     with atomic_write(path) as file:
         json.dump({**record, "starts": [*starts, record]}, file, indent=1)
 

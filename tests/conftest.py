@@ -35,11 +35,14 @@ def run_script(*command, check=True, env=None, timeout=280):
 
 
 def refused(process, *words):
-    """Whether a script ended as a user's mistake must: status 2, one line, and the line names these words."""
-    line = process.stderr.strip().splitlines()[-1]
+    """Whether a script ended as a user's mistake must: status 2, one line (argparse puts its usage before
+    it), and the line names these words."""
     assert process.returncode == 2, (process.returncode, process.stderr)
-    assert "Traceback" not in process.stderr
-    assert all(str(word) in line for word in words), line
+    lines = process.stderr.strip().splitlines()
+    lines = lines[1:] if lines[0].startswith("usage:") else lines
+    assert len(lines) == 1, process.stderr
+    line = lines[0]
+    assert words and all(str(word) in line for word in words), line
     return True
 
 

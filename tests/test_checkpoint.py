@@ -58,9 +58,16 @@ def test_the_newest_valid_one_is_found_and_the_others_named(tmp_path):
     (tmp_path / "ckpt_1000000").mkdir()
     newest, skipped = checkpoint.latest(tmp_path)
     assert newest.name == "ckpt_000010" and "ckpt_1000000" in skipped[0]
+    checkpoint.save(tmp_path / "ckpt_000015", 15, model, optimizer=optimizer)
+    checkpoint.prune(tmp_path, 2, 15)  # what is damaged ahead does not count
+    names = [path.name for path in checkpoint.numbered(tmp_path)]
+    assert names == ["ckpt_1000000", "ckpt_000015", "ckpt_000010"]
     checkpoint.save(tmp_path / "ckpt_1000000", 1000000, model)  # a damaged one is replaced
-    checkpoint.prune(tmp_path, 2)
-    assert [path.name for path in checkpoint.numbered(tmp_path)] == ["ckpt_1000000", "ckpt_000010"]
+    assert checkpoint.latest(tmp_path)[0].name == "ckpt_1000000"
+    assert checkpoint.latest(tmp_path, to_resume=True)[0].name == "ckpt_000015"  # that one has an optimizer
+    checkpoint.save(tmp_path / "ckpt_1000000", 1000000, model, optimizer=optimizer)
+    checkpoint.prune(tmp_path, 2, 1000000)
+    assert [path.name for path in checkpoint.numbered(tmp_path)] == ["ckpt_1000000", "ckpt_000015"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "meta.json"])
@@ -135,5 +142,7 @@ def test_sources_that_are_none(tmp_path):
     for source in (tmp_path, tmp_path / "missing", "gpt3"):
         with pytest.raises(UserError, match="checkpoint"):
             checkpoint.load_model(source)
-    with pytest.raises(UserError, match="--device"):
-        checkpoint.pick_device("tpu")
+    for device in ("tpu", "cuda:x", "cpu:1", "cuda:99"):
+        with pytest.raises(UserError, match="--device"):
+            checkpoint.pick_device(device)
+    assert checkpoint.pick_device("cpu:0") == "cpu:0"

@@ -165,14 +165,18 @@ def test_download_keeps_only_what_is_whole(tmp_path):
     assert hellaswag.download(path, f"{url}/good", rows=3) == path
     assert len(list(hellaswag.iterate_examples(path))) == 3
     server.shutdown()
+    server.server_close()
     assert hellaswag.download(path, f"{url}/good", rows=3) == path  # it is there: no server is asked
     with pytest.raises(UserError, match="--data"):
         hellaswag.download(tmp_path / "other.jsonl", f"{url}/good", rows=3)
 
 
 def test_command_refusals(tmp_path):
-    env = {"https_proxy": "http://127.0.0.1:9"}
-    assert refused(run_script("hellaswag.py", "-m", tmp_path, check=False, env=env), "")
-    process = run_script("hellaswag.py", "-m", tmp_path / "nothing",
-                         "--data", tmp_path / "no.jsonl", check=False)
-    assert refused(process, "no.jsonl")
+    data = tmp_path / "data.jsonl"
+    data.write_text("")
+    command = ["hellaswag.py", "-m", tmp_path / "nothing", "--data"]
+    assert refused(run_script(*command, data, check=False), data, "no examples")
+    assert refused(run_script(*command, tmp_path / "no.jsonl", check=False), "no.jsonl")
+    assert refused(run_script(*command, data, "--json", "/nonexistent/out.json", check=False), "--json")
+    data.write_text(GOOD + "\n")
+    assert refused(run_script(*command, data, check=False), "nothing", "gpt2-xl")
