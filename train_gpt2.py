@@ -295,19 +295,23 @@ def main(args):
 
         with rank_zero_first(rank, world_size):
             prepare_demo(args.data_dir)
+    unverified = fineweb_edu.read_manifest(args.data_dir) is None
     tokenizer_name = fineweb_edu.tokenizer_of(args.data_dir)
-    tokenizer, reason = None, "not on every rank"
-    with rank_zero_first(rank, world_size):
-        try:
-            tokenizer = get_tokenizer(tokenizer_name)
-        except UserError as error:
-            if tokenizer_name != "gpt2":
-                raise
-            reason = error
-    if largest(tokenizer is None):  # the shards of GPT-2's need it for nothing else
+    tokenizer, reason = None, "not every rank has the tokenizer"
+    if unverified and args.vocab_size < 50257 and not args.init_from:
+        num_tokens, reason = args.vocab_size, f"{args.data_dir} doesn't say which tokenizer made it"
+    else:
+        with rank_zero_first(rank, world_size):
+            try:
+                tokenizer = get_tokenizer(tokenizer_name)
+            except UserError as error:
+                if tokenizer_name != "gpt2":
+                    raise
+                reason = error
+        num_tokens = tokenizer.n_vocab if tokenizer else 50257
+    if largest(tokenizer is None):
         say(f"training goes on without samples, HellaSwag and bits per byte: {reason}")
         tokenizer = None
-    num_tokens = tokenizer.n_vocab if tokenizer else 50257
 
     settings = dict(data_dir=args.data_dir, seed=args.seed, vocab_size=num_tokens)
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", **settings)
@@ -316,7 +320,7 @@ def main(args):
         raise UserError(f"--vocab_size {args.vocab_size}: {args.data_dir} was encoded with {num_tokens} ids")
     config.num_tokens = num_tokens
     val_windows = min(args.val_tokens // T, val_loader.num_windows)
-    if fineweb_edu.read_manifest(args.data_dir) is None:
+    if unverified:
         say(f"{args.data_dir} has no manifest: its shards are unverified")
     if val_windows < args.val_tokens // T:
         say(f"the val split has {val_windows * T:,} tokens, fewer than --val_tokens: all of them are read")

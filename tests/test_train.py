@@ -268,6 +268,14 @@ def test_shards_without_a_manifest_train_as_they_are(shards, tmp_path, capsys, m
     assert checkpoint.load_model(tmp_path / "log").config.num_tokens == 50257
 
 
+def test_shards_of_an_unknown_small_vocabulary_train_too(shards, tmp_path, capsys):
+    shutil.copytree(shards, tmp_path / "data", ignore=shutil.ignore_patterns("*.json"))
+    train(tmp_path / "data", tmp_path / "log", "--max_steps", 2, "--sample_every", 1)
+    assert "which tokenizer made it" in capsys.readouterr().out
+    with pytest.raises(train_gpt2.UserError, match="holds id .* ends at 63"):
+        train(tmp_path / "data", tmp_path / "other", "--vocab_size", 64)
+
+
 def test_without_hellaswag_data_and_network_training_goes_on(shards, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
