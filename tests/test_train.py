@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -113,22 +114,44 @@ def test_killed_and_resumed_is_bit_identical(shards, whole, tmp_path, step):
     assert len(json.loads((tmp_path / "log" / "run.json").read_text())["starts"]) == 2
 
 
-@pytest.mark.parametrize("number, after", [(signal.SIGTERM, 5), (signal.SIGINT, 7), (signal.SIGTERM, 11)])
+@pytest.mark.parametrize("number, after", [(signal.SIGTERM, 2), (signal.SIGINT, 3)])
 def test_a_stop_signal_saves_and_leaves(shards, whole, tmp_path, number, after):
-    """At any step; just before an evaluation is the hard place: what is saved has not been evaluated."""
     process = start(shards, tmp_path / "log")
     wait_for_line(process, f"step {after:5d} |")
     process.send_signal(number)
+    time.sleep(0.01)
     process.send_signal(number)  # as torchrun and schedulers do: it is not a second wish
     rest = process.stdout.read()
     assert process.wait() == 128 + number, rest
     step = int(re.search(r"stopped by SIG\w+ before step (\d+)", rest)[1])
     assert step > after and checkpoint.numbered(tmp_path / "log")[0].name == f"ckpt_{step:06d}"
-    assert train(shards, tmp_path / "log", "--resume") == whole[1]
+    assert_ends_as(whole, shards, tmp_path / "log")
+
+
+def assert_ends_as(whole, shards, log_dir):
+    assert train(shards, log_dir, "--resume") == whole[1]
     for name in ("ckpt_000012", "best"):
-        assert weights(tmp_path / "log", name) == weights(whole[0], name)
-        meta = [checkpoint.read_meta(log_dir / name) for log_dir in (tmp_path / "log", whole[0])]
-        assert meta[0] == meta[1]
+        assert weights(log_dir, name) == weights(whole[0], name)
+        assert checkpoint.read_meta(log_dir / name) == checkpoint.read_meta(whole[0] / name)
+
+
+@pytest.mark.parametrize("step", [3, 11])
+def test_a_stop_before_an_evaluation_loses_neither_it_nor_the_best(shards, whole, tmp_path, monkeypatch, step):
+    """The step that is saved has not been evaluated then; its checkpoint is written again once it has."""
+    steps = iter(range(12))
+
+    def at_the_end_of_each_step(seconds):
+        if next(steps) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2, "duration", at_the_end_of_each_step)
+        with pytest.raises(SystemExit) as stopped:
+            train(shards, tmp_path / "log")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert checkpoint.numbered(tmp_path / "log")[0].name == f"ckpt_{step + 1:06d}"
+    assert_ends_as(whole, shards, tmp_path / "log")
 
 
 def test_damaged_checkpoints_are_named_and_passed_over(shards, whole, tmp_path, capsys):
