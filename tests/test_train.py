@@ -136,7 +136,7 @@ def assert_ends_as(whole, shards, log_dir):
 
 
 @pytest.mark.parametrize("step", [3, 11])
-def test_a_stop_before_an_evaluation_loses_neither_it_nor_the_best(shards, whole, tmp_path, monkeypatch, step):
+def test_a_stop_before_an_evaluation_loses_nothing(shards, whole, tmp_path, monkeypatch, step):
     """The step that is saved has not been evaluated then; its checkpoint is written again once it has."""
     steps = iter(range(12))
 
