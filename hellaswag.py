@@ -9,8 +9,8 @@ mean. OpenAI's 124M reaches acc 0.2859, acc_norm 0.2955; the XL 0.3842 and 0.489
 """
 
 import argparse
-import contextlib
 import json
+import shutil
 from pathlib import Path
 
 from files import UserError, atomic_write, run
@@ -60,22 +60,17 @@ def download(path=DATA, url=URL, rows=VALIDATION_ROWS):
     path = Path(path)
     if path.exists():
         return path
-    arriving = path.with_name(f".{path.name}.arriving")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, atomic_write(arriving, "wb") as file:
-            while block := response.read(2**20):
-                file.write(block)
-        count = sum(1 for _ in iterate_examples(arriving))
-        if count != rows:
-            raise UserError(f"{count} examples came, not {rows}")
-        arriving.replace(path)
+        with urllib.request.urlopen(url, timeout=60) as response, atomic_write(path, "wb") as file:
+            shutil.copyfileobj(response, file)
+            file.flush()
+            count = sum(1 for _ in iterate_examples(file.name))  # what fails here never becomes `path`
+            if count != rows:
+                raise UserError(f"{count} examples came, not {rows}")
     except (OSError, UserError) as error:  # a status other than 200 is an OSError too
         raise UserError(f"{url} can't be fetched ({error}); copy it to {path}, "
                         "or name a copy with --data") from error
-    finally:
-        with contextlib.suppress(OSError):
-            arriving.unlink()
     return path
 
 
@@ -239,10 +234,11 @@ def evaluate(model, tokenizer, examples, batch_tokens=None, rank=0, world_size=1
 
 
 def main(args):
-    from train_gpt2 import rank_zero_first, setup_ranks  # all of torch.distributed is set up there
+    from train_gpt2 import rank_zero_first, setup_ranks, tune_host  # all of torch.distributed is set up there
 
     if args.json and args.json != "-" and not Path(args.json).parent.is_dir():
         raise UserError(f"--json {args.json}: no such directory")
+    tune_host()
     device, rank, world_size = setup_ranks(args.device)
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
