@@ -30,8 +30,8 @@ PEAK_FLOPS = {
     "T4": 65e12,
 }
 
-# logits held in memory at a time while the loss is computed: 128 MiB of fp32 on a CPU, 1 GiB on a GPU
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28, "mps": 2**26}
+# logits held in memory at a time while the loss is computed: 64 MiB of fp32 on a CPU, 1 GiB on a GPU
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28, "mps": 2**26}
 
 
 @dataclass
@@ -66,17 +66,16 @@ class KVCache:
     """The keys and values of the tokens seen so far, for every layer: what one more token attends to."""
 
     def __init__(self, config, batch_size, device, dtype):
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k = torch.empty(shape, device=device, dtype=dtype)  # (n_layer, B, nh, block_size, hs)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_size)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens that all layers hold
 
-    def append(self, layer, k, v):
-        """Store k, v (B, nh, T, hs) behind the tokens held; return all there is, (B, nh, length + T, hs)."""
-        end = self.length + k.size(2)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def append(self, layer, kv):
+        """Store keys and values (2, B, nh, T, hs) behind those held; return all (..., length + T, hs)."""
+        held = self.kv[layer, :, :, :, : self.length + kv.size(3)]
+        held[:, :, :, self.length :] = kv
+        return held
 
 
 class CausalSelfAttention(nn.Module):
@@ -91,19 +90,18 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, cache=None):
         B, T, C = x.size()
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        if cache is not None:
+        # queries, keys and values, head by head: (3, B, nh, T, hs)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if cache is None:
+            q, k, v = qkv
+        else:
             assert cache.length == 0 or T == 1, (
                 "a cache that holds tokens takes one more at a time: no mask is made"
             )
-            k, v = cache.append(self.layer, k, v)
+            q, (k, v) = qkv[0], cache.append(self.layer, qkv[1:])
         # the causal mask: each token attends to itself and to those before it. A single query behind a
         # cache sees all.
         y = F.scaled_dot_product_attention(
@@ -111,7 +109,7 @@ class CausalSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -120,14 +118,13 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        # GPT-2 was trained with the approximation; the exact one differs
-        self.gelu = nn.GELU(approximate="tanh")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # as GPT-2 was trained; the exact one differs
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -164,17 +161,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device_type, enabled=False):
             for rows in row_slices(x, len(weight)):
                 x_slice = x[rows].to(dtype)
-                logits = (x_slice @ w.t()).float()  # (n, V)
-                log_z = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
+                log_probs = (x_slice @ w.t()).float().log_softmax(dim=-1)  # (n, V)
                 correct = targets[rows].unsqueeze(-1)  # (n, 1)
-                loss += (log_z - logits.gather(-1, correct)).sum()
+                loss -= log_probs.gather(-1, correct).sum()
                 # d loss / d logits = softmax - one_hot, as a sum: fp16 would lose small values to the
                 # 1/N of the mean
-                dlogits = logits.sub_(log_z).exp_()
-                dlogits.scatter_add_(-1, correct, torch.full_like(log_z, -1.0))
+                dlogits = log_probs.exp_()
+                dlogits.scatter_add_(-1, correct, dlogits.new_full(correct.size(), -1.0))
                 dlogits = dlogits.to(dtype)
                 dx[rows] = dlogits @ w
-                dw += dlogits.t() @ x_slice
+                if dtype == dw.dtype:
+                    dw.addmm_(dlogits.t(), x_slice)  # no second matrix of this size
+                else:  # 16-bit sums over many slices would lose digits
+                    dw += dlogits.t() @ x_slice
         ctx.save_for_backward(dx, dw)
         ctx.x_dtype = x.dtype
         return loss / len(x)
@@ -184,6 +183,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dw = ctx.saved_tensors
         scale = grad / len(dx)
         return (dx * scale).to(ctx.x_dtype), dw * scale, None
+
+
+# compiled with the model, this would keep all its logits until the backward pass: a GPU has the memory and
+# needs the fused kernels, a CPU neither
+uncompiled_cross_entropy = torch.compiler.disable(LinearCrossEntropy.apply)
 
 
 def row_slices(x, vocab_size):
@@ -253,7 +257,8 @@ class GPT(nn.Module):
             return self.lm_head(x), None
         x, targets = x.view(-1, x.size(-1)), targets.reshape(-1)  # (B*T, C), (B*T,)
         if torch.is_grad_enabled():
-            return None, LinearCrossEntropy.apply(x, self.lm_head.weight, targets)
+            cross_entropy = uncompiled_cross_entropy if x.device.type == "cpu" else LinearCrossEntropy.apply
+            return None, cross_entropy(x, self.lm_head.weight, targets)
         return None, self.token_losses(x, targets).mean()
 
     def token_losses(self, x, targets):
@@ -271,7 +276,7 @@ class GPT(nn.Module):
         new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator))
         return torch.cat([idx, *new], dim=1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Yield the next token of every prompt in idx (B, T), max_new_tokens times: (B, 1) ids.
 
@@ -283,7 +288,7 @@ class GPT(nn.Module):
         check_sampling(idx, max_new_tokens, temperature, top_k, top_p)
         block_size = self.config.block_size
         unread = idx[:, -block_size:]  # (B, T) tokens that the model has not seen yet
-        cache = KVCache(self.config, len(idx), idx.device, self.lm_head.weight.dtype)
+        cache = KVCache(self.config, len(idx), idx.device, self.transformer.wte.weight.dtype)
         for _ in range(max_new_tokens):
             if cache.length + unread.size(1) > block_size:
                 unread, cache.length = idx[:, -((block_size + 1) // 2) :], 0

@@ -12,6 +12,7 @@ from conftest import ROOT, refused, run_script
 import checkpoint
 import sample
 from model import GPT, GPTConfig
+from packed import PackedLinear, pack
 from tokenizer import get_tokenizer
 
 
@@ -32,6 +33,41 @@ def test_samples(log_dir, tmp_path):
     assert run_script(*command, "-p", f"@{tmp_path}/prompt.txt", "-n", 3, "--seed", 2).stdout != first
     long = run_script(*command, "-p", "word " * 100)
     assert "the model reads the last 32" in long.stderr and long.stdout.startswith("word word")
+
+
+def test_int8_from_the_command_line(log_dir):
+    command = ["sample.py", "-m", log_dir, "-d", "cpu", "-p", "The", "--max_new_tokens", 20, "--int8"]
+    assert run_script(*command).stdout == run_script(*command).stdout != "The\n"
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="packing for fp32 is MKL's")
+def test_packed_for_a_batch_it_writes_the_same_tokens():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 512, n_layer=2, n_head=4, n_embd=64)).eval()
+    idx = torch.randint(512, (8, 5))
+    plain, logits = model.generate(idx, 40, temperature=0), model(idx)[0]
+    pack(model, 2)
+    assert isinstance(model.lm_head, torch.nn.Linear)  # as fast without
+    pack(model, 8)
+    assert sum(isinstance(layer, PackedLinear) for layer in model.modules()) == 9
+    assert torch.equal(model.generate(idx, 40, temperature=0), plain)
+    torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=1e-5)
+
+
+def test_int8_weights_are_close_and_a_quarter_of_the_bytes():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 512, n_layer=2, n_head=4, n_embd=64)).eval()
+    idx = torch.randint(512, (2, 60))
+    with torch.no_grad():
+        logits = model(idx)[0]
+        weight = model.transformer.h[0].mlp.c_fc.weight.clone()
+        pack(model, 2, int8=True)
+        packed = model.transformer.h[0].mlp.c_fc.packed
+        assert torch.ops.quantized.linear_unpack(packed)[0].element_size() == 1
+        error = (torch.ops.quantized.linear_unpack(packed)[0].dequantize() - weight).abs()
+        assert (error <= weight.abs().amax(dim=1, keepdim=True) / 127 * 0.51).all()  # half of a scale's step
+        assert not any(isinstance(layer, torch.nn.Linear) for layer in model.modules())
+        assert (model(idx)[0] - logits).std() < 0.03 * logits.std()
 
 
 def test_streams_as_it_generates(log_dir, capsys, monkeypatch):
