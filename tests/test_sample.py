@@ -45,13 +45,14 @@ def test_packed_for_a_batch_it_writes_the_same_tokens():
     torch.manual_seed(0)
     model = GPT(GPTConfig(64, 512, n_layer=2, n_head=4, n_embd=64)).eval()
     idx = torch.randint(512, (8, 5))
-    plain, logits = model.generate(idx, 40, temperature=0), model(idx)[0]
-    pack(model, 2)
-    assert isinstance(model.lm_head, torch.nn.Linear)  # as fast without
-    pack(model, 8)
-    assert sum(isinstance(layer, PackedLinear) for layer in model.modules()) == 9
-    assert torch.equal(model.generate(idx, 40, temperature=0), plain)
-    torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        plain, logits = model.generate(idx, 40, temperature=0), model(idx)[0]
+        pack(model, 2)
+        assert isinstance(model.lm_head, torch.nn.Linear)  # as fast without
+        pack(model, 8)
+        assert sum(isinstance(layer, PackedLinear) for layer in model.modules()) == 9
+        assert torch.equal(model.generate(idx, 40, temperature=0), plain)
+        torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=1e-5)
 
 
 def test_int8_weights_are_close_and_a_quarter_of_the_bytes():
