@@ -12,6 +12,7 @@ FineWeb-Edu: https://arxiv.org/abs/2406.17557
 """
 
 import argparse
+import contextlib
 import gzip
 import json
 import multiprocessing
@@ -27,13 +28,13 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from files import UserError, atomic_write, digest, first_line, run
-from tokenizer import get_tokenizer
+from tokenizer import get_fast_tokenizer, get_tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT = "uint16 token shards, version 1"
 SHARD_NAME = re.compile(r"_(train|val)_(\d{6})\.npy$")
 HUB_ADDRESS = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")  # repository, revision, path
-BATCH_CHARS = 2**20  # text that one worker encodes at a time
+BATCH_CHARS = 2**22  # text that is encoded at a time
 
 
 def parse_args(argv=None):
@@ -57,7 +58,7 @@ def parse_args(argv=None):
     parser.add_argument("--val_tokens", type=int,
                         help="tokens of the val split, the first of the stream "
                              "(one shard; a tenth of an input smaller than two shards)")
-    parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="processes that encode")
+    parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="cores that encode")
     args = parser.parse_args(argv)
     for flag in ("shard_size", "val_tokens", "num_proc"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
@@ -230,6 +231,30 @@ def encode(batch, tokenizer):
     return np.array(ids, dtype=np.uint16)
 
 
+def encode_fast(batch, tokenizer, parallel=True):
+    """What `encode` returns, by gigatoken: some ten times as fast, without a Python int for each token."""
+    import numpy as np
+
+    try:
+        encoded = get_fast_tokenizer(tokenizer).encode_batch([text for _, text in batch], parallel=parallel)
+    except TypeError:  # half a character, as JSON can hold one: tiktoken knows what becomes of it
+        return encode(batch, tokenizer)
+    ids, offsets = encoded.layout.content.data, encoded.layout.offsets.data  # numpy arrays
+    starts = offsets[:-1][[starts_document for starts_document, _ in batch]]
+    return np.insert(ids.astype(np.uint16), starts, get_tokenizer(tokenizer).eot_token)
+
+
+def encodes_alike(batch, tokenizer):
+    """Whether gigatoken is there and makes the same ids as tiktoken of the beginnings of a batch's texts."""
+    sample = [(starts_document, text[:4096]) for starts_document, text in batch[:64]]
+    if get_fast_tokenizer(tokenizer) is None:
+        return False
+    alike = encode_fast(sample, tokenizer).tolist() == encode(sample, tokenizer).tolist()
+    if not alike:
+        print("gigatoken and tiktoken differ on this text: tiktoken encodes it, which takes longer")
+    return alike
+
+
 class ShardWriter:
     """Cuts the stream of ids into shards and keeps the manifest, which says where in the source the next
     one begins."""
@@ -369,10 +394,6 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
     done = sum(shard["tokens"] for shard in manifest["shards"])
     progress = tqdm(unit=" tokens", unit_scale=True, initial=done, desc=data_dir.name,
                     disable=None)
-    if num_proc > 1:  # spawned, for a fork is not safe beside threads
-        pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=start_worker)
-    else:
-        pool = ThreadPoolExecutor(1)
     in_flight = deque()  # (file, batch, future), in the stream's order and few: memory stays bounded
 
     def collect():
@@ -381,14 +402,25 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
         progress.update(len(ids))
         writer.add(file, batch, ids)
 
-    with pool, progress:
+    with progress, contextlib.ExitStack() as pools:
+        # gigatoken is threaded and works beside the reader; tiktoken builds Python lists, one process a core
+        thread, processes, fast = pools.enter_context(ThreadPoolExecutor(1)), None, True
         try:
             first_file, first_batch, _ = manifest["next"]
             for file in range(first_file, len(files)):
                 batch = -1
                 for batch, texts in enumerate(batches(fetch(str(files[file])), column)):
+                    if batch == 0:
+                        fast = fast and encodes_alike(texts, tokenizer)
+                    if not fast and not processes and num_proc > 1:  # spawned: a fork is not safe here
+                        spawn = multiprocessing.get_context("spawn")
+                        processes = pools.enter_context(ProcessPoolExecutor(num_proc, spawn, start_worker))
                     if (file, batch) >= (first_file, first_batch):
-                        in_flight.append((file, batch, pool.submit(encode, texts, tokenizer)))
+                        if fast:
+                            future = thread.submit(encode_fast, texts, tokenizer, num_proc > 1)
+                        else:
+                            future = (processes or thread).submit(encode, texts, tokenizer)
+                        in_flight.append((file, batch, future))
                     while len(in_flight) > 2 * num_proc:
                         collect()
                 if batch < 0:
@@ -399,7 +431,8 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
             sys.exit("error: a worker was killed, by the system when memory runs out; the same command, "
                      "perhaps with a smaller --num_proc, goes on behind the last shard")
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            for pool in filter(None, (thread, processes)):
+                pool.shutdown(cancel_futures=True)
             raise
     writer.finish()
     return manifest

@@ -19,7 +19,7 @@ from conftest import ROOT, refused, run_script
 import fineweb_edu
 from files import UserError
 from fineweb_edu import open_shards, prepare, verify
-from tokenizer import get_tokenizer
+from tokenizer import get_fast_tokenizer, get_tokenizer, train
 from train_gpt2 import DataLoaderLite
 
 FINEWEB_COLUMNS = "id dump url file_path language language_score token_count score int_score".split()
@@ -55,8 +55,10 @@ def write_all_formats(folder, texts):
     )
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
-def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc, monkeypatch):
+@pytest.mark.parametrize("num_proc, gigatoken", [(1, True), (1, False), (2, True), (2, False)])
+def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc, gigatoken, monkeypatch):
+    if not gigatoken:
+        monkeypatch.setattr(fineweb_edu, "get_fast_tokenizer", lambda name: None)
     monkeypatch.setattr(fineweb_edu, "BATCH_CHARS", 10_000)  # many batches, and the .txt in many pieces
     files, documents = write_all_formats(tmp_path, texts[:60])
     manifest = prepare(files, tmp_path / "out", {}, tokenizer=learned, shard_size=9_000, num_proc=num_proc)
@@ -67,6 +69,35 @@ def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc
     assert [shard["split"] for shard in manifest["shards"]] == (
         ["val"] + ["train"] * (len(manifest["shards"]) - 1)
     )
+
+
+def test_tiktoken_encodes_only_a_sample_beside_gigatoken(tmp_path, texts, learned, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", texts * 6)
+    encoded, encode = [], fineweb_edu.encode
+
+    def watched(batch, tokenizer):
+        encoded.append(sum(len(text) for _, text in batch))
+        return encode(batch, tokenizer)
+
+    monkeypatch.setattr(fineweb_edu, "encode", watched)
+    prepare([tmp_path / "a.parquet"], tmp_path / "out", {}, tokenizer=learned)
+    assert len(encoded) == 1 and encoded[0] <= 64 * 4096 < sum(map(len, texts * 6)) / 5
+    assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts * 6, learned))
+
+
+def test_where_gigatoken_differs_tiktoken_encodes(tmp_path, texts, learned, monkeypatch, capsys):
+    train(texts[:9], 300, tmp_path / "other.json")
+    other = get_fast_tokenizer(tmp_path / "other.json")
+    monkeypatch.setattr(fineweb_edu, "get_fast_tokenizer", lambda name: other)
+    files, documents = write_all_formats(tmp_path, texts[:20])
+    prepare(files, tmp_path / "out", {}, tokenizer=learned, num_proc=2)
+    assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(documents, learned))
+    assert capsys.readouterr().out.count("differ") == 1
+
+
+def test_half_a_character_encodes_as_by_tiktoken(learned):
+    batch = [(True, "sound"), (True, "half \ud83d of one"), (False, "é🙂")]
+    assert fineweb_edu.encode_fast(batch, learned).tolist() == fineweb_edu.encode(batch, learned).tolist()
 
 
 @pytest.mark.parametrize("text", [
