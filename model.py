@@ -185,11 +185,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         return (dx * scale).to(ctx.x_dtype), dw * scale, None
 
 
-# compiled with the model, this would keep all its logits until the backward pass: a GPU has the memory and
-# needs the fused kernels, a CPU neither
-uncompiled_cross_entropy = torch.compiler.disable(LinearCrossEntropy.apply)
-
-
 def row_slices(x, vocab_size):
     """Slices of the rows of x (N, C) whose logits are at most LOGITS_AT_ONCE (but one row at least)."""
     step = max(1, LOGITS_AT_ONCE.get(x.device.type, 2**25) // vocab_size)
@@ -255,11 +250,13 @@ class GPT(nn.Module):
         x = self.features(idx)
         if targets is None:
             return self.lm_head(x), None
-        x, targets = x.view(-1, x.size(-1)), targets.reshape(-1)  # (B*T, C), (B*T,)
+        return None, self.mean_loss(x.view(-1, x.size(-1)), targets.reshape(-1))
+
+    def mean_loss(self, x, targets):
+        """Mean cross-entropy of the targets (N,) given their features (N, C), in nats, and its gradient."""
         if torch.is_grad_enabled():
-            cross_entropy = uncompiled_cross_entropy if x.device.type == "cpu" else LinearCrossEntropy.apply
-            return None, cross_entropy(x, self.lm_head.weight, targets)
-        return None, self.token_losses(x, targets).mean()
+            return LinearCrossEntropy.apply(x, self.lm_head.weight, targets)
+        return self.token_losses(x, targets).mean()
 
     def token_losses(self, x, targets):
         """Cross-entropy of each target (N,) given its features (N, C), in nats, without a gradient: (N,)."""

@@ -205,6 +205,18 @@ def tune_host():
     torch.zeros(64).exp()
 
 
+def compile_model(model, device_type):
+    """The model under torch.compile, which happens at its first call."""
+    if device_type == "cpu":  # memory first: a GPU has more of it
+        import torch._functorch.config as partitioning
+
+        # the outputs of LayerNorm and GELU are computed again in the backward pass, not kept
+        partitioning.ban_recompute_materialized_backward = False
+        # compiled, the slices of logits would all be kept until then
+        model.mean_loss = torch.compiler.disable(model.mean_loss)
+    return torch.compile(model)
+
+
 def setup_ranks(device=None):
     """Join the process group that torchrun announces, if it does: (device, rank, world_size)."""
     device = checkpoint.pick_device(device)
@@ -407,11 +419,7 @@ def main(args):
     compiled, failure = raw_model, None
     if args.compile:
         try:
-            if device_type == "cpu":  # a quarter less memory: LayerNorm and GELU are computed again
-                import torch._functorch.config as partition
-
-                partition.ban_recompute_materialized_backward = False
-            compiled = torch.compile(raw_model)
+            compiled = compile_model(raw_model, device_type)
             warm_up(compiled)
         except torch.OutOfMemoryError:
             raise

@@ -1,0 +1,586 @@
+"""How fast is it, next to its peers and to the machine's limit? All arms of a row run in turn, in one run.
+
+    python bench.py all                                     # or train, hellaswag, sample, data, start
+    python bench.py train --peer nanoGPT=../nanoGPT --peer build-nanogpt=../build-nanogpt
+    python bench.py all --json log/bench.json
+
+Each arm is a process of its own, so that no setting of one reaches another. The peers come one at a time, and
+a round is one unit of work by this project, the peer and the limit: A B L A B L ... A ratio is the median of
+the rounds, with its range, for the speed of a machine drifts. The model is the 124M with random weights,
+which cost what trained ones do.
+
+The limits are measured in the same rounds: for training and HellaSwag the rate of plain matrix products of
+the model's own shapes (FLOPs counted with causal attention), for sampling one pass over all weights a token,
+for the data one thread of the tokenizer times the cores.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PARTS = ("train", "hellaswag", "sample", "data", "start")
+PROMPT = [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # "Hello, I'm a language model,"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Measure this project, its peers and the machine's limit.")
+    parser.add_argument("part", choices=(*PARTS, "all"))
+    parser.add_argument("--device", help="cuda or cpu; found by itself")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=DIR",
+                        help="a checkout of nanoGPT or build-nanogpt")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each comparison")
+    parser.add_argument("--hellaswag_data", metavar="FILE", help="examples; downloaded unless given")
+    parser.add_argument("--text", nargs="+", metavar="FILE",
+                        help=".parquet with a column text; made of the installed packages' text unless given")
+    parser.add_argument("--json", metavar="OUT", help="write every figure to this file")
+    args = parser.parse_args(argv)
+    args.peers = {}
+    for peer in args.peer:
+        name, _, directory = peer.partition("=")
+        if name not in ("nanoGPT", "build-nanogpt") or not Path(directory, "train_gpt2.py" if "-" in name
+                                                                else "model.py").is_file():
+            parser.error(f"argument --peer: {peer}: nanoGPT=DIR or build-nanogpt=DIR, a checkout of it")
+        args.peers[name] = directory
+    if args.rounds < 1:
+        parser.error("argument --rounds: must be at least 1")
+    return args
+
+
+if __name__ == "__main__" and sys.argv[1:2] != ["--arm"]:
+    args = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
+
+import ast  # noqa: E402
+import importlib.util  # noqa: E402
+import multiprocessing  # noqa: E402
+import platform  # noqa: E402
+import resource  # noqa: E402
+import statistics  # noqa: E402
+import sysconfig  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+import types  # noqa: E402
+
+from files import UserError, atomic_write, run  # noqa: E402
+
+# ---------------------------------------------------------------------------------------- in an arm's process
+
+
+def synchronize(device):
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def gpt(device, peer=None, directory=None):
+    """A random 124M and what its own loop would do with it: (model, loss of (x, y), optimizer, compiled)."""
+    import torch
+    import torch.nn.functional as F
+
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    adamw = dict(lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    if peer in ("transformers", "transformers compiled"):
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        quiet = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        model = GPT2LMHeadModel(GPT2Config(**quiet)).to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **adamw)  # its Trainer's default
+        # it shifts the labels itself, so one more token stands for the last target
+        return model, lambda m, x, y: m(x, labels=x).loss, optimizer, peer.endswith("compiled")
+    if peer == "nanoGPT":
+        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(directory, "model.py"))
+        theirs = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(theirs)
+        model = theirs.GPT(theirs.GPTConfig(dropout=0.0, bias=False)).to(device)  # as its train.py has it
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)
+        return model, lambda m, x, y: m(x, y)[1], optimizer, True
+    if peer == "build-nanogpt":  # its file trains when imported: only what it defines is taken
+        tree = ast.parse(Path(directory, "train_gpt2.py").read_text())
+        kept = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
+        tree.body = [node for node in tree.body if isinstance(node, kept)]
+        theirs = types.ModuleType("build_nanogpt")
+        sys.modules["build_nanogpt"] = theirs
+        sys.path.append(directory)
+        exec(compile(tree, "train_gpt2.py", "exec"), theirs.__dict__)
+        theirs.master_process = False
+        model = theirs.GPT(theirs.GPTConfig(vocab_size=50304)).to(device)
+        optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=6e-4, device_type=device)
+        return model, lambda m, x, y: m(x, y)[1], optimizer, False
+    model = GPT(GPTConfig()).to(device)
+    if peer == "tutorial":  # all logits at once, nothing compiled, nothing fused
+        optimizer = torch.optim.AdamW(model.parameters(), **adamw)
+        return (model, lambda m, x, y: F.cross_entropy(m(x)[0].flatten(0, 1), y.flatten()), optimizer, False)
+    return model, lambda m, x, y: m(x, y)[1], model.configure_optimizers(0.1, 6e-4, device), True
+
+
+def train_arm(name, device, B, T, directory=None):
+    """A unit is one optimizer step on B x T tokens."""
+    import contextlib
+
+    import torch
+
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    autocast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+    if name == "ours":
+        from train_gpt2 import compile_model, tune_host
+
+        tune_host()
+    model, loss_of, optimizer, compiled = gpt(device, name, directory)
+    if compiled:
+        model = compile_model(model, device) if name == "ours" else torch.compile(model)
+    generator = torch.Generator().manual_seed(0)
+
+    def step():
+        tokens = torch.randint(50257, (B, T + 1), generator=generator).to(device)
+        started = time.perf_counter()
+        with autocast:
+            loss = loss_of(model, tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        synchronize(device)
+        return dict(seconds=time.perf_counter() - started)
+
+    step()  # compiles
+    step()
+    return step
+
+
+def gemm_arm(device, rows, backward=True):
+    """A unit is each matrix product of a forward (and backward) pass over `rows` tokens once: the FLOP/s."""
+    import torch
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    C, products = 768, []
+    for fan_in, fan_out, count in ((C, 3 * C, 12), (C, C, 12), (C, 4 * C, 12), (4 * C, C, 12), (C, 50304, 1)):
+        n = rows if count > 1 or device == "cuda" else min(rows, 1024)  # the head's rows come in slices
+        x, w, g = (torch.randn(shape, device=device, dtype=dtype)
+                   for shape in ((n, fan_in), (fan_out, fan_in), (n, fan_out)))
+        pairs = [(x, w.t())] + ([(g, w), (g.t(), x)] if backward else [])
+        for a, b in pairs:
+            out = torch.empty(a.size(0), b.size(1), device=device, dtype=dtype)
+            products.append((a, b, out, count * rows / n, 2 * n * fan_in * fan_out))
+
+    def unit():
+        seconds = flops = 0
+        for a, b, out, count, cost in products:
+            torch.mm(a, b, out=out)
+            synchronize(device)
+            started = time.perf_counter()
+            for _ in range(10 if device == "cuda" else 1):
+                torch.mm(a, b, out=out)
+            synchronize(device)
+            seconds += count * (time.perf_counter() - started) / (10 if device == "cuda" else 1)
+            flops += count * cost
+        return dict(rate=flops / seconds)
+
+    unit()
+    return unit
+
+
+def hellaswag_arm(name, device, data, chunk):
+    """A unit is the next `chunk` examples."""
+    import torch
+    import torch.nn.functional as F
+
+    import hellaswag
+    from tokenizer import get_tokenizer
+    from train_gpt2 import tune_host
+
+    if name == "ours":
+        tune_host()
+    model = gpt(device, "transformers" if name == "transformers" else None)[0].eval()
+    if device == "cuda":
+        model.bfloat16()
+    tokenizer, examples = get_tokenizer("gpt2"), list(hellaswag.iterate_examples(data))
+    place = 0
+
+    @torch.no_grad()
+    def one_at_a_time(example):
+        """Four rows padded to the longest, all of their logits, and the loss behind the context."""
+        context, endings = hellaswag.render_example(example, tokenizer)
+        length = len(context) + max(map(len, endings))
+        ids = torch.tensor([context + e + [0] * (length - len(context) - len(e)) for e in endings]).to(device)
+        logits = model(ids).logits if name == "transformers" else model(ids)[0]  # (4, T, V)
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        losses = losses.view(4, -1)[:, len(context) - 1 :].cpu()
+        means = [row[: len(ending)].double().mean().item() for row, ending in zip(losses, endings)]
+        return means.index(min(means))
+
+    def unit():
+        nonlocal place
+        part = examples[place : place + chunk]
+        place += chunk
+        started = time.perf_counter()
+        if name == "ours":
+            predictions = hellaswag.evaluate(model, tokenizer, part)["predictions_norm"]
+        else:
+            predictions = [one_at_a_time(example) for example in part]
+        seconds = time.perf_counter() - started
+        rows = [row for i, example in enumerate(part)
+                for row in hellaswag.rows_of(i, *hellaswag.render_example(example, tokenizer), 1024)[0]]
+        return dict(seconds=seconds, predictions=predictions, examples=len(part),
+                    tokens=sum(len(row.ids) for row in rows), scored=sum(len(row.targets) for row in rows))
+
+    unit()
+    place = 0
+    return unit
+
+
+def sample_arm(name, device, batch_size, directory=None):
+    """A unit is 128 greedy tokens behind a prompt of eight, for each row of a batch."""
+    import torch
+
+    from packed import pack
+    from train_gpt2 import tune_host
+
+    torch.set_grad_enabled(False)
+    prompt = torch.tensor([PROMPT] * batch_size).to(device)
+    model = gpt(device, {"ours int8": None, "ours": None}.get(name, name), directory)[0].eval()
+    if name == "limit":
+        weights = [p for p in model.parameters() if p.dim() == 2 and len(p) != 1024]
+        vectors = [torch.randn(weight.size(1), device=device) for weight in weights]
+
+        def generate():
+            for _ in range(128):
+                for weight, vector in zip(weights, vectors):
+                    torch.mv(weight, vector)
+    elif name == "transformers":
+        def generate():
+            return model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                                  max_new_tokens=128, min_new_tokens=128, pad_token_id=50256)
+    elif name == "nanoGPT":
+        def generate():
+            return model.generate(prompt, 128, top_k=1)
+    else:
+        tune_host()
+        plain = model.generate(prompt, 128, temperature=0)
+        predicted = model(plain)[0].argmax(-1)
+        if device == "cpu":  # as sample.py does
+            pack(model, batch_size, int8=name.endswith("int8"))
+        agreement = (model(plain)[0].argmax(-1) == predicted).float().mean().item()
+
+        def generate():
+            return model.generate(prompt, 128, temperature=0)
+
+    def unit():
+        started = time.perf_counter()
+        generate()
+        synchronize(device)
+        seconds = time.perf_counter() - started
+        return dict(seconds=seconds, **({"agreement": agreement} if name == "ours int8" else {}))
+
+    unit()
+    return unit
+
+
+def arm(work, name, **settings):
+    """Serve one arm: a line on stdin asks for a unit, a line of JSON on stdout answers."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    make = dict(train=train_arm, hellaswag=hellaswag_arm, sample=sample_arm)[work]
+    if name == "limit" and work != "sample":
+        unit = gemm_arm(settings["device"], settings["rows"], work == "train")
+    else:
+        settings.pop("rows", None)
+        unit = make(name, **settings)
+    print(json.dumps("ready"), file=answers, flush=True)
+    for _ in sys.stdin:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        print(json.dumps(dict(unit(), peak_bytes=peak)), file=answers, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- the rounds
+
+
+class Arm:
+    """An arm in a process of its own, which works when it is called."""
+
+    def __init__(self, work, name, **settings):
+        request = json.dumps(dict(work=work, name=name, **settings))
+        self.name = name
+        self.process = subprocess.Popen([sys.executable, __file__, "--arm", request], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.answer()
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"error: the arm {self.name!r} ended: {self.process.stderr.read()[-2000:]}")
+        return json.loads(line)
+
+    def __call__(self):
+        print(file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(work, peers, rounds, ours="ours", **settings):
+    """Rounds of ours, a peer and the limit: {peer: (our answers, the peer's, the limit's)}."""
+    results = {}
+    common = {key: value for key, value in settings.items() if key != "directories"}
+    with Arm(work, "limit", **common) as limit:
+        for peer in peers:
+            directory = settings.get("directories", {}).get(peer)
+            extra = {"directory": directory} if directory else {}
+            # ours starts anew with each peer: some work goes forward from unit to unit, like HellaSwag's
+            with Arm(work, ours, **common) as mine, Arm(work, peer, **common, **extra) as theirs:
+                results[peer] = list(zip(*((mine(), theirs(), limit()) for _ in range(rounds))))
+                print(f"  {work}: {peer} measured", file=sys.stderr, flush=True)
+    return results
+
+
+def spread(values):
+    values = sorted(values)
+    return dict(median=statistics.median(values), min=values[0], max=values[-1])
+
+
+def row(name, unit, figures, ratios, fractions=None, **more):
+    """A row of the table: our figure, and by how much it beats a peer, as ratios of the rounds."""
+    made = dict(name=name, unit=unit, figure=spread(figures), **more)
+    made["ratios"] = {peer: spread(values) for peer, values in ratios.items()}
+    made["limit"] = spread(fractions) if fractions else None
+    return made
+
+
+def show(rows):
+    print(f"\n{'work':<34}{'figure':>22}   {'against':<24}{'ratio':>22}   fraction of the limit")
+    for made in rows:
+        figure = f"{made['figure']['median']:,.4g} {made['unit']}"
+        limit = made["limit"]
+        limit = f"{limit['median']:.2f} ({limit['min']:.2f} to {limit['max']:.2f})" if limit else ""
+        for i, (peer, r) in enumerate(made["ratios"].items() or [("", None)]):
+            ratio = f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" if r else ""
+            head = (made["name"], figure) if i == 0 else ("", "")
+            print(f"{head[0]:<34}{head[1]:>22}   {peer:<24}{ratio:>22}   {limit if i == 0 else ''}")
+        for note in made.get("notes", []):
+            print(f"{'':<34}  {note}")
+
+
+# -------------------------------------------------------------------------------------------------- the parts
+
+
+def ratios_of(results):
+    return {peer: [b["seconds"] / a["seconds"] for a, b in zip(mine, theirs)]
+            for peer, (mine, theirs, _) in results.items()}
+
+
+def bench_train(args):
+    peers = ["transformers compiled", "transformers", "tutorial", *args.peers]
+    for B, T in ((32, 1024),) if args.device == "cuda" else ((4, 256), (4, 1024)):
+        results = compare("train", peers, args.rounds, device=args.device, B=B, T=T, rows=B * T,
+                          directories=args.peers)
+        flops = 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 12 * T * 768 / 2  # a token's, causal attention
+        units = [(a, limit) for mine, _, limits in results.values() for a, limit in zip(mine, limits)]
+        peak = {peer: max(b["peak_bytes"] for b in theirs) / 1e9 for peer, (_, theirs, _) in results.items()}
+        peak["ours"] = max(a["peak_bytes"] for a, _ in units) / 1e9
+        memory = "peak memory, GB: " + ", ".join(f"{name} {value:.1f}" for name, value in peak.items())
+        yield row(f"train 124M, {B} x {T} tokens", "tokens/s", [B * T / a["seconds"] for a, _ in units],
+                  ratios_of(results), [B * T * flops / a["seconds"] / limit["rate"] for a, limit in units],
+                  notes=[memory] if args.device == "cpu" else [], peak_gb=peak)
+
+
+def bench_hellaswag(args):
+    import hellaswag
+
+    data = str(args.hellaswag_data or hellaswag.download())
+    chunk = 1000 if args.device == "cuda" else 60
+    results = compare("hellaswag", ["tutorial", "transformers"], args.rounds, device=args.device, data=data,
+                      chunk=chunk, rows=2048 if args.device == "cpu" else 2**16)
+    same = total = 0
+    for a, b in zip(*results["tutorial"][:2]):
+        same += sum(p == q for p, q in zip(a["predictions"], b["predictions"]))
+        total += a["examples"]
+    fractions = []
+    for mine, _, limits in results.values():
+        for a, limit in zip(mine, limits):
+            flops = 2 * (12 * 12 * 768**2 * a["tokens"] + 50304 * 768 * a["scored"])
+            fractions.append(flops / a["seconds"] / limit["rate"])
+    figures = [a["examples"] / a["seconds"] for mine, _, _ in results.values() for a in mine]
+    yield row("HellaSwag 124M", "examples/s", figures, ratios_of(results), fractions,
+              notes=[f"same prediction as the tutorial's loop: {same} of {total}"], same=same, total=total)
+
+
+def bench_sample(args):
+    rows = [("ours", 1), ("ours", 8)] + ([("ours int8", 1)] if args.device == "cpu" else [])
+    for name, batch_size in rows:
+        peers = ["transformers"] + [peer for peer in args.peers if peer == "nanoGPT" and name == "ours"]
+        results = compare("sample", peers, args.rounds, name, device=args.device, batch_size=batch_size,
+                          directories=args.peers)
+        units = [(a, limit) for mine, _, limits in results.values() for a, limit in zip(mine, limits)]
+        fractions = [limit["seconds"] / a["seconds"] for a, limit in units] if name == "ours" else None
+        notes, more = [], {}
+        if name == "ours int8":
+            more = dict(agreement=units[0][0]["agreement"])
+            notes = [f"greedy choice as in fp32: {more['agreement']:.1%} of positions (random weights)"]
+        kind = f"sample 124M, batch {batch_size}" + name.removeprefix("ours").replace(" ", ", ")
+        figures = [128 * batch_size / a["seconds"] for a, _ in units]
+        yield row(kind, "tokens/s", figures, ratios_of(results), fractions, notes=notes, **more)
+
+
+def tutorial_tokenize(text):
+    import numpy as np
+    import tiktoken
+
+    encoding = tiktoken.get_encoding("gpt2")
+    ids = np.array([encoding.eot_token, *encoding.encode_ordinary(text)])
+    assert (ids < 2**16).all()
+    return ids.astype(np.uint16)
+
+
+def tutorial_shards(files, directory, shard_size=10**8):
+    """The shards as the tutorials make them: each document through Pool.imap, copied into a shard's array."""
+    import numpy as np
+    from datasets import load_dataset
+
+    dataset = load_dataset("parquet", data_files=files, split="train", cache_dir=f"{directory}/cache")
+    shard, filled, count = np.empty(shard_size, np.uint16), 0, 0
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for ids in pool.imap(tutorial_tokenize, dataset["text"], chunksize=16):
+            while filled + len(ids) > shard_size:
+                shard[filled:], ids = ids[: shard_size - filled], ids[shard_size - filled :]
+                np.save(f"{directory}/shard_{count:06d}", shard)
+                filled, count = 0, count + 1
+            shard[filled : filled + len(ids)] = ids
+            filled += len(ids)
+    np.save(f"{directory}/shard_{count:06d}", shard[:filled])
+
+
+def package_texts(at_least):
+    """Distinct text files of the Python installation, in a fixed shuffle: real text that is always there."""
+    import random
+
+    texts, size = {}, 0
+    for place in ("stdlib", "purelib"):
+        for path in sorted(Path(sysconfig.get_paths()[place]).rglob("*")):
+            if path.suffix in (".py", ".pyi", ".h", ".txt", ".md", ".rst", ".json") and path.is_file():
+                text = path.read_text(encoding="utf-8", errors="replace")[: 2**20]
+                size += len(text) if text not in texts else 0
+                texts[text] = None
+    if size < at_least:
+        raise UserError(f"--text: the installed packages hold {size:,} characters of text, "
+                        f"{at_least:,} are needed: name .parquet files")
+    texts = list(texts)
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+def bench_data(args):
+    import numpy as np
+    import pyarrow
+    import pyarrow.parquet
+
+    from tokenizer import get_fast_tokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        files = args.text
+        if not files:
+            texts = package_texts(3 * 10**8)
+            columns = {"text": texts} | {name: [f"{name} of a page"] * len(texts) for name in (
+                "id", "dump", "url", "file_path", "language")} | {name: [0.5] * len(texts) for name in (
+                    "language_score", "token_count", "score", "int_score")}
+            files, half = [], len(texts) // 2
+            for name, part in (("a", slice(half)), ("b", slice(half, None))):
+                files.append(f"{directory}/{name}.parquet")
+                part = pyarrow.table({column: values[part] for column, values in columns.items()})
+                pyarrow.parquet.write_table(part, files[-1], row_group_size=1000)
+        texts = pyarrow.parquet.read_table(files[0], columns=["text"]).column(0).to_pylist()
+        size = sum(pyarrow.compute.sum(pyarrow.compute.binary_length(
+            pyarrow.parquet.read_table(path, columns=["text"]).column(0))).as_py() for path in files)
+        ratios, figures, fractions = [], [], []
+        code = "import sys, bench; bench.tutorial_shards(sys.argv[2:], sys.argv[1])"
+        for number in range(min(args.rounds, 3)):
+            out = [Path(directory, f"{name}{number}") for name in ("ours", "theirs")]
+            out[1].mkdir()
+            root = Path(__file__).parent
+            ours = seconds([sys.executable, root / "fineweb_edu.py", "--input", *files, "--data_dir", out[0]])
+            theirs = seconds([sys.executable, "-c", code, out[1], *files], cwd=root)
+            both = [np.concatenate([np.load(path) for path in sorted(part.glob("*.npy"), key=by_number)])
+                    for part in out]
+            if not np.array_equal(*both):
+                sys.exit("error: the shards differ from the tutorial's")
+            ratios.append(theirs / ours)
+            figures.append(size / ours / 1e6)
+            if fast := get_fast_tokenizer("gpt2"):
+                started = time.perf_counter()
+                fast.encode_batch(texts, parallel=False)
+                rate = sum(len(text.encode()) for text in texts) / (time.perf_counter() - started)
+                fractions.append(size / ours / rate / os.cpu_count())
+    yield row(f"data: {size / 1e6:.0f} MB of parquet to shards", "MB/s", figures,
+              {"tutorial (Pool.imap)": ratios}, fractions, notes=["token for token equal"])
+
+
+def by_number(path):
+    return path.stem[-6:]
+
+
+def seconds(command, **options):
+    started = time.perf_counter()
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(map(str, command[:3]))} ended: {done.stderr[-2000:]}")
+    return time.perf_counter() - started
+
+
+def bench_start(args):
+    root = Path(__file__).parent
+    for script in ("train_gpt2", "fineweb_edu", "hellaswag", "sample", "tokenizer", "bench"):
+        times = [seconds([sys.executable, root / f"{script}.py", "--help"]) for _ in range(args.rounds)]
+        yield row(f"{script}.py --help", "s", times, {})
+    codes = ("import torch", "import torch, model")
+    pairs = [[seconds([sys.executable, "-c", code], cwd=root) for code in codes] for _ in range(args.rounds)]
+    yield row("import model beyond import torch", "s", [b - a for a, b in pairs], {})
+
+
+def machine(device):
+    import torch
+    import transformers
+
+    facts = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), python=platform.python_version(),
+                 torch=torch.__version__, transformers=transformers.__version__, cores=os.cpu_count(),
+                 device=platform.processor() or "CPU")
+    if device == "cuda":
+        driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        facts |= dict(device=torch.cuda.get_device_name(), cudnn=torch.backends.cudnn.version(),
+                      driver=subprocess.run(driver, capture_output=True, text=True).stdout.strip())
+    elif (info := Path("/proc/cpuinfo")).exists():
+        facts["device"] = next((line.partition(": ")[2] for line in info.read_text().splitlines()
+                                if line.startswith("model name")), facts["device"])
+    return facts
+
+
+def main(args):
+    from checkpoint import pick_device
+
+    args.device = pick_device(args.device)
+    if args.device not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device}: cpu or cuda is measured")
+    facts = machine(args.device)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+    rows = []
+    for part in PARTS if args.part == "all" else (args.part,):
+        rows += globals()[f"bench_{part}"](args)
+    show(rows)
+    if args.json:
+        with atomic_write(args.json) as file:
+            json.dump(dict(**facts, rows=rows), file, indent=1)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--arm"]:
+        arm(**json.loads(sys.argv[2]))
+    else:
+        run(main, args)
