@@ -138,9 +138,10 @@ def train_arm(name, device, B, T, directory=None):
 
     def step():
         tokens = torch.randint(50257, (B, T + 1), generator=generator).to(device)
+        x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # as the peers' loaders make them
         started = time.perf_counter()
         with autocast:
-            loss = loss_of(model, tokens[:, :-1], tokens[:, 1:])
+            loss = loss_of(model, x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
