@@ -26,7 +26,10 @@ PROMPT = [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # "Hello, I'm a language m
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Measure this project, its peers and the machine's limit.")
+    parser = argparse.ArgumentParser(
+        description="Measure this project, its peers and the machine's limit.",
+        usage="python bench.py {train,hellaswag,sample,data,start,all} [--flag value ...]",
+    )
     parser.add_argument("part", choices=(*PARTS, "all"))
     parser.add_argument("--device", help="cuda or cpu; found by itself")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=DIR",

@@ -127,13 +127,15 @@ def test_gpt2_without_network_is_one_line(tmp_path):
     assert refused(run_script("sample.py", "-m", "gpt2", "-p", "x", check=False, env=env), "gpt2", "network")
 
 
-@pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb_edu.py", "hellaswag.py", "sample.py"])
+@pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb_edu.py", "hellaswag.py", "sample.py",
+                                    "bench.py"])
 def test_help_and_wrong_flags_answer_before_torch_is_imported(script):
     process = run_script("-X", "importtime", script, "--help")
     assert "usage:" in process.stdout
     imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
     assert "argparse" in imported and not {"torch", "numpy", "transformers"} & imported
-    assert refused(run_script(script, "--no_such_flag", check=False), "--no_such_flag")
+    part = ["all"] if script == "bench.py" else []
+    assert refused(run_script(script, *part, "--no_such_flag", check=False), "--no_such_flag")
 
 
 def test_importing_does_nothing(tmp_path):
@@ -151,3 +153,16 @@ def test_importing_does_nothing(tmp_path):
     process = run_script("-c", f"import sys, os; sys.dont_write_bytecode = True; "
                          f"sys.path.insert(0, {str(ROOT)!r}); os.chdir({str(tmp_path)!r})\n{code}")
     assert process.stdout == ""
+
+
+def test_importing_the_model_imports_no_compiler():
+    code = "import sys, model; sys.exit('torch._dynamo' in sys.modules)"  # it takes longer than all the rest
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["train", "--peer", "nanoGPT=/nowhere"], "--peer"), (["train", "--rounds", "0"], "--rounds"),
+    (["sample", "--device", "mps"], "--device"),
+])
+def test_a_wrong_flag_of_the_benchmark(flags, word):
+    assert refused(run_script("bench.py", *flags, check=False), word)
