@@ -214,6 +214,7 @@ def compile_model(model, device_type):
         partitioning.ban_recompute_materialized_backward = False
         # compiled, the slices of logits would all be kept until then
         model.mean_loss = torch.compiler.disable(model.mean_loss)
+        return torch.compile(model, options={"cpp.use_decompose_tanh": True})
     return torch.compile(model)
 
 
