@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 FORMAT = "uint16 token shards, version 1"
 SHARD_NAME = re.compile(r"_(train|val)_(\d{6})\.npy$")
 HUB_ADDRESS = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")  # repository, revision, path
-BATCH_CHARS = 2**22  # text that is encoded at a time
+BATCH_CHARS = 2**24  # text that is encoded at a time: gigatoken's threads want much
 
 
 def parse_args(argv=None):
@@ -90,7 +90,8 @@ def read_texts(path, column="text"):
                         place = f"{path}:{number}"
                         yield True, text_of_row(parse_json(line, place), column, place)
         elif name.endswith(".parquet"):
-            yield from read_parquet(path, column)
+            for texts in read_parquet(path, column):
+                yield from documents(texts)
         else:
             raise UserError(f"{path}: not .txt, .jsonl, .jsonl.gz or .parquet")
     except FileNotFoundError:
@@ -140,6 +141,7 @@ def text_of_row(row, column, place):
 
 
 def read_parquet(path, column):
+    """Yield the texts of a parquet file in Arrow arrays of 256: it bounds memory, whatever the row groups."""
     import pyarrow
     import pyarrow.parquet
 
@@ -149,26 +151,41 @@ def read_parquet(path, column):
                 # says which columns there are
                 text_of_row(dict.fromkeys(file.schema_arrow.names), column, path)
             number = 0
-            # in batches: that bounds memory, whatever the row groups
             for rows in file.iter_batches(batch_size=256, columns=[column]):
-                for text in rows.column(0).to_pylist():
-                    number += 1
-                    yield True, text_of_row({column: text}, column, f"{path}, row {number}")
+                texts = rows.column(0)
+                if texts.null_count or texts.type not in (pyarrow.string(), pyarrow.large_string()):
+                    for row, text in enumerate(texts.to_pylist(), start=number + 1):
+                        text_of_row({column: text}, column, f"{path}, row {row}")  # says which one it is
+                number += len(texts)
+                texts.validate(full=True)  # that it is UTF-8
+                yield texts.cast(pyarrow.large_string())
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: not a readable parquet file ({error})") from error
 
 
+def documents(batch):
+    """A batch as a list of (starts_document, text), be it one already or an Arrow array of documents."""
+    return batch if isinstance(batch, list) else [(True, text) for text in batch.to_pylist()]
+
+
 def batches(path, column):
-    """The texts of a file in lists of about BATCH_CHARS characters: what a worker encodes at a time."""
+    """The texts of a file, about BATCH_CHARS at a time: lists of (starts_document, text), or Arrow arrays
+    where the file holds such, so that no Python string is made of them."""
+    if path.endswith(".parquet"):
+        from pyarrow import concat_arrays
+
+        texts, size_of, join = read_parquet(path, column), lambda texts: texts.nbytes, concat_arrays
+    else:
+        texts, size_of, join = read_texts(path, column), lambda text: len(text[1]), list
     batch, size = [], 0
-    for starts_document, text in read_texts(path, column):
-        batch.append((starts_document, text))
-        size += len(text)
+    for text in texts:
+        batch.append(text)
+        size += size_of(text)
         if size >= BATCH_CHARS:
-            yield batch
+            yield join(batch)
             batch, size = [], 0
     if batch:
-        yield batch
+        yield join(batch)
 
 
 def hub_files(dataset, name):
@@ -219,12 +236,12 @@ def start_worker():
 
 
 def encode(batch, tokenizer):
-    """The ids of a batch of (starts_document, text), uint16, <|endoftext|> before each document."""
+    """The ids of a batch of texts, uint16, <|endoftext|> before each document."""
     import numpy as np
 
     encoding = get_tokenizer(tokenizer)
     ids = []
-    for starts_document, text in batch:
+    for starts_document, text in documents(batch):
         if starts_document:
             ids.append(encoding.eot_token)
         ids.extend(encoding.encode_ordinary(text))
@@ -233,20 +250,25 @@ def encode(batch, tokenizer):
 
 def encode_fast(batch, tokenizer, parallel=True):
     """What `encode` returns, by gigatoken: some ten times as fast, without a Python int for each token."""
+    import awkward
     import numpy as np
 
+    if isinstance(batch, list):
+        starts_document, texts = map(list, zip(*batch))
+    else:
+        starts_document, texts = slice(None), awkward.from_arrow(batch)  # the same memory
     try:
-        encoded = get_fast_tokenizer(tokenizer).encode_batch([text for _, text in batch], parallel=parallel)
+        encoded = get_fast_tokenizer(tokenizer).encode_batch(texts, parallel=parallel)
     except TypeError:  # half a character, as JSON can hold one: tiktoken knows what becomes of it
         return encode(batch, tokenizer)
     ids, offsets = encoded.layout.content.data, encoded.layout.offsets.data  # numpy arrays
-    starts = offsets[:-1][[starts_document for starts_document, _ in batch]]
+    starts = offsets[:-1][starts_document]
     return np.insert(ids.astype(np.uint16), starts, get_tokenizer(tokenizer).eot_token)
 
 
 def encodes_alike(batch, tokenizer):
     """Whether gigatoken is there and makes the same ids as tiktoken of the beginnings of a batch's texts."""
-    sample = [(starts_document, text[:4096]) for starts_document, text in batch[:64]]
+    sample = [(starts_document, text[:4096]) for starts_document, text in documents(batch[:64])]
     if get_fast_tokenizer(tokenizer) is None:
         return False
     alike = encode_fast(sample, tokenizer).tolist() == encode(sample, tokenizer).tolist()
@@ -403,8 +425,9 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
         writer.add(file, batch, ids)
 
     with progress, contextlib.ExitStack() as pools:
-        # gigatoken is threaded and works beside the reader; tiktoken builds Python lists, one process a core
-        thread, processes, fast = pools.enter_context(ThreadPoolExecutor(1)), None, True
+        # gigatoken is threaded and works beside the reader, a second batch beside the rest of the first;
+        # tiktoken builds Python lists, one process a core
+        threads, processes, fast = pools.enter_context(ThreadPoolExecutor(2)), None, True
         try:
             first_file, first_batch, _ = manifest["next"]
             for file in range(first_file, len(files)):
@@ -417,9 +440,9 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
                         processes = pools.enter_context(ProcessPoolExecutor(num_proc, spawn, start_worker))
                     if (file, batch) >= (first_file, first_batch):
                         if fast:
-                            future = thread.submit(encode_fast, texts, tokenizer, num_proc > 1)
+                            future = threads.submit(encode_fast, texts, tokenizer, num_proc > 1)
                         else:
-                            future = (processes or thread).submit(encode, texts, tokenizer)
+                            future = (processes or threads).submit(encode, texts, tokenizer)
                         in_flight.append((file, batch, future))
                     while len(in_flight) > 2 * num_proc:
                         collect()
@@ -431,7 +454,7 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
             sys.exit("error: a worker was killed, by the system when memory runs out; the same command, "
                      "perhaps with a smaller --num_proc, goes on behind the last shard")
         except BaseException:
-            for pool in filter(None, (thread, processes)):
+            for pool in filter(None, (threads, processes)):
                 pool.shutdown(cancel_futures=True)
             raise
     writer.finish()

@@ -72,8 +72,11 @@ def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc
 
 
 def test_tiktoken_encodes_only_a_sample_beside_gigatoken(tmp_path, texts, learned, monkeypatch):
+    """The work of the fast path: a sample for tiktoken, and no Python string of any other text."""
     write_parquet(tmp_path / "a.parquet", texts * 6)
     encoded, encode = [], fineweb_edu.encode
+    strings, documents = [], fineweb_edu.documents
+    monkeypatch.setattr(fineweb_edu, "documents", lambda batch: strings.append(len(batch)) or documents(batch))
 
     def watched(batch, tokenizer):
         encoded.append(sum(len(text) for _, text in batch))
@@ -82,6 +85,7 @@ def test_tiktoken_encodes_only_a_sample_beside_gigatoken(tmp_path, texts, learne
     monkeypatch.setattr(fineweb_edu, "encode", watched)
     prepare([tmp_path / "a.parquet"], tmp_path / "out", {}, tokenizer=learned)
     assert len(encoded) == 1 and encoded[0] <= 64 * 4096 < sum(map(len, texts * 6)) / 5
+    assert set(strings) == {64}
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts * 6, learned))
 
 
@@ -201,7 +205,12 @@ def test_what_can_not_be_read_is_refused_by_name(tmp_path, texts, learned):
     (tmp_path / "e.txt").write_bytes(b"caf\xe9")
     (tmp_path / "f.txt").write_text("")
     (tmp_path / "g.pdf").write_text("x")
+    write_parquet(tmp_path / "h.parquet", [*texts[:300], None])
+    write_parquet(tmp_path / "i.parquet", [1, 2])
+    not_utf8 = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": not_utf8}), tmp_path / "j.parquet")
     for name, words in {
+        "h.parquet": f"row {len(texts[:300]) + 1}.*NoneType", "i.parquet": "row 1.*int", "j.parquet": "UTF",
         "torn.parquet": "parquet", "a.jsonl": "a.jsonl:2.*content.*--text_column",
         "b.jsonl": "b.jsonl:2.*int", "c.jsonl": "c.jsonl:2", "d.jsonl.gz": "d.jsonl.gz",
         "e.txt": "UTF-8", "f.txt": "no text", "g.pdf": "jsonl", "missing.txt": "no such file",
