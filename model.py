@@ -67,15 +67,15 @@ class KVCache:
 
     def __init__(self, config, batch_size, device, dtype):
         head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_size)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        shape = (2, batch_size, config.n_head, config.block_size, head_size)
+        self.kv = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length = 0  # tokens that all layers hold
 
     def append(self, layer, kv):
         """Store keys and values (2, B, nh, T, hs) behind those held; return all (..., length + T, hs)."""
-        held = self.kv[layer, :, :, :, : self.length + kv.size(3)]
-        held[:, :, :, self.length :] = kv
-        return held
+        T = kv.size(3)
+        self.kv[layer].narrow(3, self.length, T).copy_(kv)
+        return self.kv[layer].narrow(3, 0, self.length + T)
 
 
 class CausalSelfAttention(nn.Module):
@@ -90,6 +90,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True
+        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, cache=None):
         B, T, C = x.size()
@@ -109,7 +110,7 @@ class CausalSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -120,11 +121,11 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         x = F.gelu(self.c_fc(x), approximate="tanh")  # as GPT-2 was trained; the exact one differs
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):

@@ -75,8 +75,8 @@ def test_tiktoken_encodes_only_a_sample_beside_gigatoken(tmp_path, texts, learne
     """The work of the fast path: a sample for tiktoken, and no Python string of any other text."""
     write_parquet(tmp_path / "a.parquet", texts * 6)
     encoded, encode = [], fineweb_edu.encode
-    strings, documents = [], fineweb_edu.documents
-    monkeypatch.setattr(fineweb_edu, "documents", lambda batch: strings.append(len(batch)) or documents(batch))
+    sizes, documents = [], fineweb_edu.documents
+    monkeypatch.setattr(fineweb_edu, "documents", lambda batch: sizes.append(len(batch)) or documents(batch))
 
     def watched(batch, tokenizer):
         encoded.append(sum(len(text) for _, text in batch))
@@ -85,7 +85,7 @@ def test_tiktoken_encodes_only_a_sample_beside_gigatoken(tmp_path, texts, learne
     monkeypatch.setattr(fineweb_edu, "encode", watched)
     prepare([tmp_path / "a.parquet"], tmp_path / "out", {}, tokenizer=learned)
     assert len(encoded) == 1 and encoded[0] <= 64 * 4096 < sum(map(len, texts * 6)) / 5
-    assert set(strings) == {64}
+    assert set(sizes) == {64}
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts * 6, learned))
 
 

@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import ROOT, refused, run_script
 import checkpoint
 import sample
 from model import GPT, GPTConfig
-from packed import PackedLinear, pack
+from packed import pack
 from tokenizer import get_tokenizer
 
 
@@ -40,35 +41,47 @@ def test_int8_from_the_command_line(log_dir):
     assert run_script(*command).stdout == run_script(*command).stdout != "The\n"
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="packing for fp32 is MKL's")
-def test_packed_for_a_batch_it_writes_the_same_tokens():
+def small_gpt():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(64, 512, n_layer=2, n_head=4, n_embd=64)).eval()
-    idx = torch.randint(512, (8, 5))
-    with torch.no_grad():
-        plain, logits = model.generate(idx, 40, temperature=0), model(idx)[0]
-        pack(model, 2)
-        assert isinstance(model.lm_head, torch.nn.Linear)  # as fast without
-        pack(model, 8)
-        assert sum(isinstance(layer, PackedLinear) for layer in model.modules()) == 9
-        assert torch.equal(model.generate(idx, 40, temperature=0), plain)
-        torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=1e-5)
+    return GPT(GPTConfig(64, 512, n_layer=2, n_head=4, n_embd=64)).eval()
 
 
-def test_int8_weights_are_close_and_a_quarter_of_the_bytes():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(64, 512, n_layer=2, n_head=4, n_embd=64)).eval()
-    idx = torch.randint(512, (2, 60))
-    with torch.no_grad():
-        logits = model(idx)[0]
-        weight = model.transformer.h[0].mlp.c_fc.weight.clone()
-        pack(model, 2, int8=True)
-        packed = model.transformer.h[0].mlp.c_fc.packed
-        assert torch.ops.quantized.linear_unpack(packed)[0].element_size() == 1
-        error = (torch.ops.quantized.linear_unpack(packed)[0].dequantize() - weight).abs()
-        assert (error <= weight.abs().amax(dim=1, keepdim=True) / 127 * 0.51).all()  # half of a scale's step
-        assert not any(isinstance(layer, torch.nn.Linear) for layer in model.modules())
-        assert (model(idx)[0] - logits).std() < 0.03 * logits.std()
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [
+    1, 2, pytest.param(8, marks=pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="MKL's"))])
+def test_packed_it_writes_the_same_tokens_and_calls_no_module_in_a_layer(rows, monkeypatch):
+    model, idx = small_gpt(), torch.randint(512, (rows, 5))
+    plain, logits = model.generate(idx, 40, temperature=0), model(idx)[0]
+    products = []
+    if rows == 8:
+        op = torch.ops.mkl._mkl_linear
+        counted = types.SimpleNamespace(default=lambda x, *rest: products.append(x.shape) or op(x, *rest))
+        monkeypatch.setattr(torch.ops.mkl, "_mkl_linear", counted)
+    pack(model, rows)
+    called, call = [], torch.nn.Module.__call__
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda self, *x: called.append(self) or call(self, *x))
+    assert torch.equal(model.generate(idx, 40, temperature=0), plain)
+    assert {type(module) for module in called} == {torch.nn.Embedding} and len(called) == 2 * 40
+    assert len(products) == (9 * 40 if rows == 8 else 0)  # every linear layer of every token
+    torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_int8_weights_are_close_and_a_quarter_of_the_bytes(monkeypatch):
+    model, idx = small_gpt(), torch.randint(512, (2, 60))
+    logits, layers = model(idx)[0], [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    prepacked, prepack = [], torch.ops.quantized.linear_prepack
+    monkeypatch.setattr(torch.ops.quantized, "linear_prepack",
+                        lambda weight, bias: prepacked.append(weight) or prepack(weight, bias))
+    pack(model, 2, int8=True)
+    assert sorted(weight.numel() for weight in prepacked) == sorted(layer.weight.numel() for layer in layers)
+    for weight in prepacked:
+        assert weight.element_size() == 1
+        original = next(layer.weight for layer in layers if layer.weight.shape == weight.shape
+                        and torch.allclose(layer.weight, weight.dequantize(), atol=1e-2))
+        error = (weight.dequantize() - original).abs()
+        assert (error <= original.abs().amax(dim=1, keepdim=True) / 127 * 0.51).all()  # half of a step
+    assert (model(idx)[0] - logits).std() < 0.03 * logits.std()
 
 
 def test_streams_as_it_generates(log_dir, capsys, monkeypatch):
