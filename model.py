@@ -265,7 +265,9 @@ class GPT(nn.Module):
         """Cross-entropy of each target (N,) given its features (N, C), in nats, without a gradient: (N,)."""
         losses = torch.empty(len(x), device=x.device)
         for rows in row_slices(x, self.config.vocab_size):
-            losses[rows] = F.cross_entropy(self.lm_head(x[rows]).float(), targets[rows], reduction="none")
+            logits = self.lm_head(x[rows]).float()  # (n, V)
+            log_probs = torch.log_softmax(logits, dim=-1, out=logits)  # in place: it is large
+            losses[rows] = -log_probs.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
         return losses
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
