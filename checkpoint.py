@@ -1,5 +1,8 @@
 """Checkpoints: the one owner of their format, which holds no pickle.
 
+    python checkpoint.py list log        # what a run has saved: step, validation loss, size
+    python checkpoint.py verify log      # the same, and whether every byte is as it was written
+
     LOG_DIR/ckpt_000250/      the newest few, each with all that a run needs to go on
         model.safetensors       weights, fp32, under GPT-2's names
         optimizer.safetensors   the optimizer's tensors
@@ -11,20 +14,37 @@ A checkpoint named N has consumed exactly the batches 0..N-1. It is written besi
 that a name stands for a whole checkpoint; every load checks the digests.
 """
 
+import argparse
 import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from files import UserError, beside, digest, first_line, sync_directory
-from model import GPT, GPT2_SIZES, GPTConfig
-from tokenizer import get_tokenizer
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Show the checkpoints of a run; exit status 1: one is damaged."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (("list", "by their sizes"), ("verify", "by their digests: every byte is read")):
+        command = commands.add_parser(name, help=f"show the checkpoints of a run, checked {what}")
+        command.add_argument("directory", metavar="DIR", help="a run's log directory, or one checkpoint")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
+
+import torch  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from files import UserError, beside, digest, first_line, run, sync_directory  # noqa: E402
+from model import GPT, GPT2_SIZES, GPTConfig  # noqa: E402
+from tokenizer import get_tokenizer  # noqa: E402
 
 FORMAT = "gpt2 checkpoint, version 1"
 NAME = re.compile(r"ckpt_(\d{6,})$")
@@ -81,8 +101,11 @@ def text_digest(body):
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
 
 
-def read_meta(path):
-    """A checkpoint's meta.json, once its files are proved whole. Raises DamagedCheckpoint with the reason."""
+def read_meta(path, digests=True):
+    """A checkpoint's meta.json, once its files are proved whole (by their sizes alone without digests).
+
+    Raises DamagedCheckpoint with the reason.
+    """
     path = Path(path)
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
@@ -102,7 +125,7 @@ def read_meta(path):
         if file.stat().st_size != expected["bytes"]:
             raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, "
                                     f"{expected['bytes']} were written")
-        if digest(file) != expected["digest"]:
+        if digests and digest(file) != expected["digest"]:
             raise DamagedCheckpoint(f"{file} is damaged: its digest is not the one in meta.json")
     return meta
 
@@ -226,3 +249,30 @@ def pick_device(name=None):
     if kind not in available or (":" in name and index not in map(str, range(count))):
         raise UserError(f"--device {name}: not on this machine, which has {', '.join(available)}")
     return name
+
+
+def main(args):
+    directory = Path(args.directory)
+    if (directory / "meta.json").is_file() or NAME.match(directory.name) or directory.name == "best":
+        paths = [directory]
+    else:
+        paths = [*reversed(numbered(directory)), directory / "best"]
+    paths = [path for path in paths if path.is_dir()]
+    if not paths:
+        raise UserError(f"{directory} holds no checkpoint")
+    verify, damaged = args.command == "verify", 0
+    for path in paths:
+        try:
+            meta = read_meta(path, digests=verify)
+            size = sum(file["bytes"] for file in meta["files"].values()) / 1e6
+            loss = "not evaluated" if meta.get("val_loss") is None else f"val loss {meta['val_loss']:.4f}"
+            print(f"{path}: step {meta['step']}, {loss}, {size:,.1f} MB" + (", as written" if verify else ""))
+        except (DamagedCheckpoint, OSError) as error:  # OSError: a run has just removed it
+            damaged += 1
+            print(f"{path}: damaged or gone: {error}")
+    if damaged:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main, args)

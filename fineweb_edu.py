@@ -14,6 +14,8 @@ FineWeb-Edu: https://arxiv.org/abs/2406.17557
 import argparse
 import contextlib
 import gzip
+import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -78,20 +80,25 @@ def read_texts(path, column="text"):
 
     Raises UserError, with file and line, for what can't be read or has no such column.
     """
-    name = str(path)
+    for part in read(str(path), column):
+        yield from documents(part)
+
+
+def read(path, column):
+    """What `read_texts` does, in parts: lists of (starts_document, text), or Arrow arrays of documents."""
     try:
-        if name.endswith(".txt"):
+        if path.endswith(".txt"):
             with open(path, encoding="utf-8", newline="") as file:
-                yield from read_pieces(file)
-        elif name.endswith((".jsonl", ".jsonl.gz")):
-            with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+                for piece in read_pieces(file):
+                    yield [piece]
+        elif path.endswith((".jsonl", ".jsonl.gz")):
+            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
                         place = f"{path}:{number}"
-                        yield True, text_of_row(parse_json(line, place), column, place)
-        elif name.endswith(".parquet"):
-            for texts in read_parquet(path, column):
-                yield from documents(texts)
+                        yield [(True, text_of_row(parse_json(line, place), column, place))]
+        elif path.endswith(".parquet"):
+            yield from read_parquet(path, column)
         else:
             raise UserError(f"{path}: not .txt, .jsonl, .jsonl.gz or .parquet")
     except FileNotFoundError:
@@ -163,29 +170,31 @@ def read_parquet(path, column):
         raise UserError(f"{path}: not a readable parquet file ({error})") from error
 
 
-def documents(batch):
-    """A batch as a list of (starts_document, text), be it one already or an Arrow array of documents."""
-    return batch if isinstance(batch, list) else [(True, text) for text in batch.to_pylist()]
+def documents(part):
+    """A part of a file as a list of (starts_document, text), be it one already or an Arrow array."""
+    return part if isinstance(part, list) else [(True, text) for text in part.to_pylist()]
 
 
 def batches(path, column):
-    """The texts of a file, about BATCH_CHARS at a time: lists of (starts_document, text), or Arrow arrays
-    where the file holds such, so that no Python string is made of them."""
-    if path.endswith(".parquet"):
-        from pyarrow import concat_arrays
-
-        texts, size_of, join = read_parquet(path, column), lambda texts: texts.nbytes, concat_arrays
-    else:
-        texts, size_of, join = read_texts(path, column), lambda text: len(text[1]), list
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += size_of(text)
+    """The texts of a file, about BATCH_CHARS at a time: what `read` yields, put together. No Python string is
+    made of text that a file holds as Arrow does."""
+    parts, size = [], 0
+    for part in read(path, column):
+        parts.append(part)
+        size += sum(len(text) for _, text in part) if isinstance(part, list) else part.nbytes
         if size >= BATCH_CHARS:
-            yield join(batch)
-            batch, size = [], 0
-    if batch:
-        yield join(batch)
+            yield join(parts)
+            parts, size = [], 0
+    if parts:
+        yield join(parts)
+
+
+def join(parts):
+    if isinstance(parts[0], list):
+        return list(itertools.chain.from_iterable(parts))
+    import pyarrow
+
+    return pyarrow.concat_arrays(parts)
 
 
 def hub_files(dataset, name):
@@ -240,12 +249,11 @@ def encode(batch, tokenizer):
     import numpy as np
 
     encoding = get_tokenizer(tokenizer)
-    ids = []
+    parts = []  # an array a text: a list of all ids would take twenty times the memory
     for starts_document, text in documents(batch):
-        if starts_document:
-            ids.append(encoding.eot_token)
-        ids.extend(encoding.encode_ordinary(text))
-    return np.array(ids, dtype=np.uint16)
+        start = [encoding.eot_token] if starts_document else []
+        parts.append(np.array(start + encoding.encode_ordinary(text), dtype=np.uint16))
+    return np.concatenate(parts)
 
 
 def encode_fast(batch, tokenizer, parallel=True):
@@ -340,7 +348,7 @@ class ShardWriter:
             split, size = self.next_cut()
             self.write(split, min(size, self.buffered))
         self.manifest["complete"] = True
-        del self.manifest["next"]
+        del self.manifest["next"], self.manifest["batches"]
         write_manifest(self.data_dir, self.manifest)
 
 
@@ -391,12 +399,15 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
         "shard_size": shard_size,
         "val_tokens_asked": val_tokens,
     }
+    # what "next" counts in: batches cut elsewhere would tear the stream
+    batches_by = [BATCH_CHARS, importlib.metadata.version("pyarrow")]
     manifest = read_manifest(data_dir)
     if manifest is None:
         if any(SHARD_NAME.search(path.name) for path in data_dir.glob("*.npy")):
             raise UserError(f"{data_dir} holds shards of unknown origin: "
                             "remove them or choose another --data_dir")
-        manifest = {**request, "val_tokens": val_tokens, "complete": False, "next": (0, 0, 0), "shards": []}
+        manifest = {**request, "val_tokens": val_tokens, "complete": False, "next": (0, 0, 0),
+                    "batches": batches_by, "shards": []}
     different = [key for key in request if manifest.get(key) != request[key]]
     if different:
         raise UserError(f"{data_dir} holds a preparation with another {', '.join(different)}: "
@@ -404,6 +415,9 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
     if manifest["complete"]:
         print(f"{data_dir} is prepared already; --verify {data_dir} checks it")
         return manifest
+    if manifest.get("batches") != batches_by:
+        raise UserError(f"{data_dir} was begun with another version of this program or of pyarrow, which "
+                        "can't go on with it: remove it, or choose another --data_dir")
 
     data_dir.mkdir(parents=True, exist_ok=True)
     for leftover in data_dir.glob(".*.tmp"):
@@ -425,9 +439,9 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
         writer.add(file, batch, ids)
 
     with progress, contextlib.ExitStack() as pools:
-        # gigatoken is threaded and works beside the reader, a second batch beside the rest of the first;
+        # gigatoken is threaded itself: while it encodes a batch, the ids of the one before are put together.
         # tiktoken builds Python lists, one process a core
-        threads, processes, fast = pools.enter_context(ThreadPoolExecutor(2)), None, True
+        threads, processes, fast = pools.enter_context(ThreadPoolExecutor(min(2, num_proc))), None, True
         try:
             first_file, first_batch, _ = manifest["next"]
             for file in range(first_file, len(files)):
@@ -444,7 +458,7 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
                         else:
                             future = (processes or threads).submit(encode, texts, tokenizer)
                         in_flight.append((file, batch, future))
-                    while len(in_flight) > 2 * num_proc:
+                    while len(in_flight) > (4 if fast else 2 * num_proc):
                         collect()
                 if batch < 0:
                     raise UserError(f"{files[file]}: no text in it")

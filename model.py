@@ -148,7 +148,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of the logits x @ weight.T, with only `LOGITS_AT_ONCE` of them in memory at a time.
 
     The loss is the last thing computed, so its gradient needs nothing from later: each slice of logits is
-    turned into gradients at once and dropped. Nothing is computed twice.
+    turned into gradients at once and dropped. Nothing is computed twice. The backward pass scales them in
+    place, so it can be taken once only.
     """
 
     @staticmethod
@@ -189,8 +190,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def row_slices(x, vocab_size):
     """Slices of the rows of x (N, C) whose logits are at most LOGITS_AT_ONCE (but one row at least)."""
-    step = max(1, LOGITS_AT_ONCE.get(x.device.type, 2**25) // vocab_size)
-    step = math.ceil(len(x) / math.ceil(len(x) / step))  # equal: a short slice reads the weights for little
+    most = max(1, LOGITS_AT_ONCE.get(x.device.type, 2**25) // vocab_size)
+    count = max(1, math.ceil(len(x) / most))
+    step = max(1, math.ceil(len(x) / count))  # equal slices: a short one would read the weights for little
     return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
@@ -261,6 +263,7 @@ class GPT(nn.Module):
             return LinearCrossEntropy.apply(x, self.lm_head.weight, targets)
         return self.token_losses(x, targets).mean()
 
+    @torch.no_grad()
     def token_losses(self, x, targets):
         """Cross-entropy of each target (N,) given its features (N, C), in nats, without a gradient: (N,)."""
         losses = torch.empty(len(x), device=x.device)

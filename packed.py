@@ -37,17 +37,21 @@ def packed_linear(linear, rows):
 def pack(model, batch_size, int8=False):
     """Exchange the layers of a GPT on the CPU for the functions that are fastest at this batch size.
 
-    The model can't be trained or saved after that. From 3 to 32 rows it takes as much memory again; results
-    differ by rounding. int8: weights in 8 bits at any batch size.
+    The model can't be trained, saved or packed again after that. From 3 to 32 rows it takes as much memory
+    again; results differ by rounding. int8: weights in 8 bits at any batch size.
     """
+    assert isinstance(model.lm_head, nn.Linear), "the model is packed already"
+    model.eval()  # the functions are those of an evaluation
     # measured on AVX-512: one or two rows are as fast without, and a long prompt is a product of many rows
     mkl = not int8 and 2 < batch_size <= 32 and torch.backends.mkl.is_available()
 
     def function_of(module):
         if isinstance(module, nn.Linear):
-            if int8 or mkl:
-                return int8_linear(module) if int8 else packed_linear(module, batch_size)
-            return partial(F.linear, weight=module.weight.detach(), bias=module.bias)
+            if int8:
+                return int8_linear(module)
+            if mkl:
+                return packed_linear(module, batch_size)
+            return partial(F.linear, weight=module.weight, bias=module.bias)
         if isinstance(module, nn.LayerNorm):
             return partial(torch.layer_norm, normalized_shape=module.normalized_shape, weight=module.weight,
                            bias=module.bias, eps=module.eps)
@@ -62,4 +66,4 @@ def pack(model, batch_size, int8=False):
             for name, child in list(parent.named_children()):
                 if not isinstance(child, (nn.ModuleDict, nn.Embedding)):  # they are asked for their parts
                     delattr(parent, name)
-                    vars(parent)[name] = function_of(child)  # found at once, where modules are searched for
+                    setattr(parent, name, function_of(child))  # an attribute like any other: found at once

@@ -207,13 +207,14 @@ def tune_host():
 
 def compile_model(model, device_type):
     """The model under torch.compile, which happens at its first call."""
-    if device_type == "cpu":  # memory first: a GPU has more of it
+    if device_type == "cpu":
         import torch._functorch.config as partitioning
 
-        # the outputs of LayerNorm and GELU are computed again in the backward pass, not kept
+        # memory, of which a GPU has more: outputs of LayerNorm and GELU are computed again in the backward
+        # pass, not kept; and compiled, the slices of logits would all be kept until then
         partitioning.ban_recompute_materialized_backward = False
-        # compiled, the slices of logits would all be kept until then
         model.mean_loss = torch.compiler.disable(model.mean_loss)
+        # speed: tanh by exp is three times as fast, and as exact once GELU has added 1 to it
         return torch.compile(model, options={"cpp.use_decompose_tanh": True})
     return torch.compile(model)
 

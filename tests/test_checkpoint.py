@@ -146,3 +146,39 @@ def test_sources_that_are_none(tmp_path):
         with pytest.raises(UserError, match="--device"):
             checkpoint.pick_device(device)
     assert checkpoint.pick_device("cpu:0") == "cpu:0"
+
+
+def test_list_and_verify_show_a_person_what_is_there(tmp_path, capsys):
+    model, optimizer = trained()
+    checkpoint.save(tmp_path / "ckpt_000005", 5, model, optimizer=optimizer, val_loss=5.25)
+    checkpoint.save(tmp_path / "ckpt_000010", 10, model, optimizer=optimizer, val_loss=None)
+    checkpoint.save(tmp_path / "best", 5, model, val_loss=5.25)
+
+    def shown(command, directory=tmp_path):
+        checkpoint.main(checkpoint.parse_args([command, str(directory)]))
+        return capsys.readouterr().out.splitlines()
+
+    lines = shown("list")
+    assert [line + ", as written" for line in lines] == shown("verify") and len(lines) == 3
+    expected = ("000005: step 5, val loss 5.2500, ", "000010: step 10, not evaluated, ", "best: step 5, ")
+    for line, words in zip(lines, expected):
+        assert words in line and line.endswith(" MB")
+    assert shown("list", tmp_path / "best") == lines[2:]
+
+    path = tmp_path / "ckpt_000005" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)  # of the same size: only the digest tells
+    assert shown("list") == lines
+    with pytest.raises(SystemExit, match="1"):
+        shown("verify")
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert "damaged" in first and "digest" in first and second.endswith("as written")
+    path.write_bytes(b"")
+    (tmp_path / "ckpt_000010" / "meta.json").unlink()
+    for directory in (tmp_path, tmp_path / "ckpt_000005", tmp_path / "ckpt_000010"):
+        with pytest.raises(SystemExit, match="1"):
+            shown("list", directory)
+    for missing in (tmp_path / "nothing", tmp_path / "ckpt_000099", path):
+        with pytest.raises(UserError, match="no checkpoint"):
+            shown("list", missing)

@@ -89,6 +89,21 @@ def test_tiktoken_encodes_only_a_sample_beside_gigatoken(tmp_path, texts, learne
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts * 6, learned))
 
 
+def test_parquet_of_any_kind_encodes_as_its_texts(tmp_path, texts, learned, monkeypatch):
+    """Empty documents, an empty file but for them, large strings, a dictionary, many batches."""
+    monkeypatch.setattr(fineweb_edu, "BATCH_CHARS", 50_000)
+    parts = [["", *texts[:300], "", texts[0], ""], [""] * 300, texts[:9], [texts[0], texts[1]] * 5]
+    kinds = [pyarrow.string(), pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(
+        pyarrow.int32(), pyarrow.string())]
+    files = [tmp_path / f"{number}.parquet" for number in range(4)]
+    for path, part, kind in zip(files, parts, kinds):
+        table = pyarrow.table({"text": pyarrow.array(part).cast(kind)})
+        pyarrow.parquet.write_table(table, path, row_group_size=100)
+    prepare(files, tmp_path / "out", {}, tokenizer=learned, num_proc=2)
+    documents = [text for part in parts for text in part]
+    assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(documents, learned))
+
+
 def test_where_gigatoken_differs_tiktoken_encodes(tmp_path, texts, learned, monkeypatch, capsys):
     train(texts[:9], 300, tmp_path / "other.json")
     other = get_fast_tokenizer(tmp_path / "other.json")
@@ -142,7 +157,8 @@ def test_tinyshakespeare(tmp_path, real_data, gpt2_tokenizer):
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, texts, learned):
     write_parquet(tmp_path / "a.parquet", texts * 12)
     write_parquet(tmp_path / "b.parquet", texts * 12)
-    command = [sys.executable, "fineweb_edu.py", "--input", tmp_path / "a.parquet", tmp_path / "b.parquet",
+    code = "import fineweb_edu as f; f.BATCH_CHARS = 10**6; f.run(f.main, f.parse_args())"  # several a file
+    command = [sys.executable, "-c", code, "--input", tmp_path / "a.parquet", tmp_path / "b.parquet",
                "--tokenizer", learned, "--shard_size", "100000", "--num_proc", "2", "--data_dir"]
     subprocess.run([*command, tmp_path / "whole" / "data"], cwd=ROOT, check=True, capture_output=True)
     killed = tmp_path / "killed" / "data"
@@ -155,6 +171,7 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, texts
         process.wait()
         manifest = json.loads((killed / "manifest.json").read_text())
         assert not manifest["complete"] and len(manifest["shards"]) >= shards - 1
+        assert manifest["next"][:2] > [0, 0] or shards == 2  # behind the first batch
         with pytest.raises(UserError, match="interrupted"):
             open_shards(killed, "train")
         for name, changed in finished.items():  # what was finished is not done again
@@ -162,6 +179,9 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, texts
         finished = {
             shard["file"]: (killed / shard["file"]).stat().st_mtime_ns for shard in manifest["shards"]
         }
+    inputs = ["--input", tmp_path / "a.parquet", tmp_path / "b.parquet", "--tokenizer", learned]
+    other = run_script("fineweb_edu.py", *inputs, "--shard_size", 100_000, "--data_dir", killed, check=False)
+    assert refused(other, str(killed), "another version")  # its batches are of another size
     process = subprocess.run([*command, killed], cwd=ROOT, check=True, capture_output=True, text=True)
     assert "going on behind" in process.stdout
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "data").iterdir()}
@@ -209,8 +229,12 @@ def test_what_can_not_be_read_is_refused_by_name(tmp_path, texts, learned):
     write_parquet(tmp_path / "i.parquet", [1, 2])
     not_utf8 = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": not_utf8}), tmp_path / "j.parquet")
+    middle = bytearray((tmp_path / "good.parquet").read_bytes())
+    middle[40:400] = b"\xff" * 360  # behind an intact footer
+    (tmp_path / "k.parquet").write_bytes(middle)
     for name, words in {
         "h.parquet": f"row {len(texts[:300]) + 1}.*NoneType", "i.parquet": "row 1.*int", "j.parquet": "UTF",
+        "k.parquet": "k.parquet", "missing.parquet": "no such file",
         "torn.parquet": "parquet", "a.jsonl": "a.jsonl:2.*content.*--text_column",
         "b.jsonl": "b.jsonl:2.*int", "c.jsonl": "c.jsonl:2", "d.jsonl.gz": "d.jsonl.gz",
         "e.txt": "UTF-8", "f.txt": "no text", "g.pdf": "jsonl", "missing.txt": "no such file",

@@ -226,7 +226,7 @@ def test_compiled_is_the_same_run_and_resumes(shards, whole, tmp_path):
 def test_where_compile_does_not_work_it_is_said_and_training_goes_on(
     shards, whole, tmp_path, monkeypatch, capsys
 ):
-    def broken(model):
+    def broken(model, **settings):
         raise RuntimeError("no C++ compiler found\nmore")
 
     monkeypatch.setattr(torch, "compile", broken)
