@@ -261,6 +261,7 @@ def main(args):
             + (cut if result["endings_cut"] else "")
         )
     if world_size > 1:
+        torch.distributed.barrier()  # no rank takes its end of a connection away while another still uses it
         torch.distributed.destroy_process_group()
 
 
