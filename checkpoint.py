@@ -15,6 +15,7 @@ that a name stands for a whole checkpoint; every load checks the digests.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -42,7 +43,7 @@ import torch  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from files import UserError, beside, digest, first_line, run, sync_directory  # noqa: E402
+from files import UserError, beside, digest, first_line, naming, run, sync_directory  # noqa: E402
 from model import GPT, GPT2_SIZES, GPTConfig  # noqa: E402
 from tokenizer import get_tokenizer  # noqa: E402
 
@@ -57,14 +58,15 @@ class DamagedCheckpoint(UserError):
 def save(path, step, model, tokenizer="gpt2", optimizer=None, **meta):
     """Write a checkpoint of model (and optimizer) as the directory `path`: it appears complete or not at all.
 
-    tokenizer: "gpt2" or the path of a tokenizer.json. meta: plain values for meta.json.
+    tokenizer: "gpt2" or the path of a tokenizer.json. meta: plain values for meta.json. Raises OSError where
+    it can't be written, as on a full disk.
     """
     path = Path(path)
     temporary, replaced = beside(path), beside(path.with_name(path.name + ".old"))
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         save_file(contiguous(model.state_to_save()), temporary / "model.safetensors")
         if optimizer is not None:
             state = optimizer.state_dict()["state"]
@@ -76,7 +78,8 @@ def save(path, step, model, tokenizer="gpt2", optimizer=None, **meta):
                  for file in temporary.iterdir()}
         body = dict(format=FORMAT, step=step, config=asdict(model.config), files=files, **meta)
         text = json.dumps({**body, "self": text_digest(body)}, indent=1)
-        (temporary / "meta.json").write_text(text, encoding="utf-8")
+        with naming(path):
+            (temporary / "meta.json").write_text(text, encoding="utf-8")
         for file in temporary.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -86,9 +89,10 @@ def save(path, step, model, tokenizer="gpt2", optimizer=None, **meta):
         os.rename(temporary, path)
         sync_directory(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written ({error})") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def contiguous(tensors):
@@ -173,10 +177,17 @@ def latest(log_dir, to_resume=False):
     return None, skipped
 
 
-def prune(log_dir, keep, step):
-    """Remove all but the newest `keep` checkpoints up to `step`; a damaged one beyond it will be replaced."""
-    for path in [path for path in numbered(log_dir) if int(NAME.match(path.name)[1]) <= step][keep:]:
-        shutil.rmtree(path, ignore_errors=True)
+def prune(log_dir, keep, step, keep_every=0):
+    """Remove all but the newest `keep` checkpoints up to `step`; a damaged one beyond it will be replaced.
+
+    The multiples of keep_every stay too. What can't be removed is left where it is.
+    """
+    steps = {path: int(NAME.match(path.name)[1]) for path in numbered(log_dir)}
+    for path in [path for path in steps if steps[path] <= step][keep:]:
+        if not keep_every or steps[path] % keep_every:
+            with contextlib.suppress(OSError):  # renamed first: half a checkpoint never stands under its name
+                os.rename(path, beside(path))
+            shutil.rmtree(beside(path), ignore_errors=True)
 
 
 def clean(log_dir):

@@ -11,7 +11,7 @@ import random
 import sysconfig
 from pathlib import Path
 
-from files import UserError, atomic_write
+from files import UserError, atomic_write, locked
 from fineweb_edu import prepare, read_manifest
 from tokenizer import train
 
@@ -55,8 +55,10 @@ def prepare_demo(data_dir):
         raise UserError("--demo_data: this Python carries hardly any documentation; "
                         "install its full standard library")
     sources = Path(data_dir) / "sources"
-    sources.mkdir(parents=True, exist_ok=True)
-    with atomic_write(sources / "python_docs.jsonl") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    train(texts, 2048, sources / "tokenizer.json")
-    prepare([str(sources / "python_docs.jsonl")], data_dir, SOURCE, tokenizer=str(sources / "tokenizer.json"))
+    files, tokenizer = [str(sources / "python_docs.jsonl")], str(sources / "tokenizer.json")
+    with locked(data_dir):
+        sources.mkdir(exist_ok=True)
+        with atomic_write(files[0]) as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        train(texts, 2048, tokenizer)
+        prepare(files, data_dir, SOURCE, tokenizer=tokenizer)

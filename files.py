@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,12 +13,18 @@ class UserError(ValueError):
     """A mistake in a flag or a file. Its text is the one line the user sees: what is wrong and the remedy."""
 
 
+BUSY = (408, 429, 500, 502, 503, 504)  # statuses of a server that may answer the next time
+PAUSES = (1, 2, 4, 8, 16)  # seconds
+
 # what the system says of a path that a user gave and that can't be used so
 UNUSABLE_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def run(main, args):
-    """main(args) as a script: a mistake ends it with one line and exit status 2, Ctrl-C with status 130."""
+    """main(args) as a script: a mistake ends it with one line and exit status 2, Ctrl-C with status 130.
+
+    What the system can't do, as write to a full disk, is one line too, with status 1.
+    """
     try:
         main(args)
     except (UserError, *UNUSABLE_PATH) as error:
@@ -30,6 +37,8 @@ def run(main, args):
     except BrokenPipeError:  # the reader of a pipe has left: `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        sys.exit(f"error: {error}")
 
 
 def first_line(error):
@@ -42,13 +51,38 @@ def beside(path):
     return path.with_name(f".{path.name}.tmp")
 
 
+def retried(call, *args, **kwargs):
+    """call(*args, **kwargs), once more after each of PAUSES where a server is busy or breaks off."""
+    for pause in PAUSES:
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:  # each library has its own kinds
+            response = getattr(error, "response", error)
+            status = getattr(response, "status_code", getattr(response, "code", None))
+            if status not in BUSY and not isinstance(error, ConnectionError):
+                raise
+            print(f"{first_line(error)}; once more in {pause} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+    return call(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """An error of the system's names the file that is written: that of a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a file that appears as `path` only once complete and on the disk: a crash leaves the old one."""
     path = Path(path)
     temporary = beside(path)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with naming(path), open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -57,6 +91,34 @@ def atomic_write(path, mode="w"):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(directory):
+    """Make a directory and hold it against a second writer, which gets a UserError.
+
+    The kernel keeps the lock: it ends with the process that holds it, however that ends. A directory that was
+    made for nothing is removed again. Raises UserError where it can't be written, too.
+    """
+    from filelock import FileLock, Timeout
+
+    directory = Path(directory)
+    new = not directory.exists()
+    lock = FileLock(directory / ".lock", blocking=False)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{directory} is in use: another process writes there. Wait until it ends, "
+                        "or choose another directory") from None
+    except OSError as error:
+        raise UserError(f"{directory} can't be written ({error})") from error
+    try:
+        yield
+    finally:
+        if new and os.listdir(directory) == [".lock"]:
+            shutil.rmtree(directory, ignore_errors=True)
+        lock.release()
 
 
 def sync_directory(path):

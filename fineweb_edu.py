@@ -29,10 +29,11 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from files import UserError, atomic_write, digest, first_line, run
+from files import UserError, atomic_write, digest, first_line, locked, retried, run
 from tokenizer import get_fast_tokenizer, get_tokenizer
 
 MANIFEST = "manifest.json"
+PROVED = ".proved.json"  # size and time of each shard when its digest was last found right
 FORMAT = "uint16 token shards, version 1"
 SHARD_NAME = re.compile(r"_(train|val)_(\d{6})\.npy$")
 HUB_ADDRESS = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")  # repository, revision, path
@@ -205,7 +206,7 @@ def hub_files(dataset, name):
     from datasets import load_dataset_builder
 
     try:
-        builder = load_dataset_builder(dataset, name)
+        builder = retried(load_dataset_builder, dataset, name)
         data_files = builder.config.data_files or {}
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--dataset {dataset}: {first_line(error)}. "
@@ -225,9 +226,9 @@ def fetch(address):
 
     repository, revision, path = match.groups()
     try:
-        return hf_hub_download(repository, path, repo_type="dataset", revision=revision)
-    except OSError as error:
-        raise UserError(f"{address} can't be fetched ({error}); "
+        return retried(hf_hub_download, repository, path, repo_type="dataset", revision=revision)
+    except Exception as error:  # of the hub's library or those below it
+        raise UserError(f"{address} can't be fetched ({first_line(error)}); "
                         "the same command goes on from here") from error
 
 
@@ -547,6 +548,28 @@ def identity(data_dir):
     return "unverified: " + ", ".join(f"{path.name} {path.stat().st_size}" for path in shards)
 
 
+def check_digest(path, expected):
+    actual = digest(path)
+    if actual != expected:
+        raise UserError(f"{path} has changed since it was written: its digest is {actual}, its manifest says "
+                        f"{expected}; prepare the data anew, or restore it")
+
+
+def prove(data_dir):
+    """Check the digests of those shards that were not proved since they last changed. Raises UserError."""
+    proof, proved, now = Path(data_dir) / PROVED, {}, {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        proved = dict(json.loads(proof.read_text(encoding="utf-8")))
+    for shard in (read_manifest(data_dir) or {"shards": []})["shards"]:
+        path = Path(data_dir) / shard["file"]
+        now[path.name] = [shard["digest"], path.stat().st_size, path.stat().st_mtime_ns]
+        if proved.get(path.name) != now[path.name]:
+            check_digest(path, shard["digest"])
+    if now != proved:
+        with contextlib.suppress(OSError), atomic_write(proof) as file:  # read-only: proved each time
+            json.dump(now, file)
+
+
 def verify(data_dir):
     """Check every shard's digest and ids by the manifest; return the number of tokens. Raises UserError."""
     manifest = read_manifest(data_dir)
@@ -557,8 +580,7 @@ def verify(data_dir):
     for split in ("val", "train"):
         for path, tokens in open_shards(data_dir, split):
             entry = next(shard for shard in manifest["shards"] if shard["file"] == path.name)
-            if digest(path) != entry["digest"]:
-                raise UserError(f"{path} has changed since it was written: its digest is not the manifest's")
+            check_digest(path, entry["digest"])
             if tokens.max() >= manifest["num_tokens"]:
                 offset = int((tokens >= manifest["num_tokens"]).argmax())
                 raise UserError(f"{path} holds id {tokens[offset]} at {offset}, "
@@ -571,22 +593,23 @@ def main(args):
     if args.verify:
         print(f"{args.verify}: {verify(args.verify):,} tokens, all as the manifest says")
         return
-    if args.input:
-        files = args.input
-        for path in files:
-            if not Path(path).is_file():
-                raise UserError(f"--input {path}: no such file")
-        source = {"files": [{"name": Path(path).name, "digest": digest(path)} for path in files]}
-    else:
-        source = (read_manifest(args.data_dir) or {}).get("source", {})
-        if (source.get("dataset"), source.get("name")) != (args.dataset, args.name):
-            files = hub_files(args.dataset, args.name)
-            revisions = ", ".join({match[2] for match in map(HUB_ADDRESS.match, files) if match})
-            source = {"dataset": args.dataset, "name": args.name, "revision": revisions, "files": files}
-        files = source["files"]  # of the revision that was begun with, though the hub may have a newer one
-    settings = dict(tokenizer=args.tokenizer, column=args.text_column, shard_size=args.shard_size)
-    manifest = prepare(files, args.data_dir, source, val_tokens=args.val_tokens, num_proc=args.num_proc,
-                       **settings)
+    with locked(args.data_dir):
+        if args.input:
+            files = args.input
+            for path in files:
+                if not Path(path).is_file():
+                    raise UserError(f"--input {path}: no such file")
+            source = {"files": [{"name": Path(path).name, "digest": digest(path)} for path in files]}
+        else:
+            source = (read_manifest(args.data_dir) or {}).get("source", {})
+            if (source.get("dataset"), source.get("name")) != (args.dataset, args.name):
+                files = hub_files(args.dataset, args.name)
+                revisions = ", ".join({match[2] for match in map(HUB_ADDRESS.match, files) if match})
+                source = {"dataset": args.dataset, "name": args.name, "revision": revisions, "files": files}
+            files = source["files"]  # of the revision begun with, though the hub may have a newer one
+        settings = dict(tokenizer=args.tokenizer, column=args.text_column, shard_size=args.shard_size)
+        manifest = prepare(files, args.data_dir, source, val_tokens=args.val_tokens, num_proc=args.num_proc,
+                           **settings)
     tokens = {split: sum(s["tokens"] for s in manifest["shards"] if s["split"] == split)
               for split in ("train", "val")}
     print(f"{args.data_dir}: {len(manifest['shards'])} shards, "

@@ -13,7 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
-from files import UserError, atomic_write, run
+from files import UserError, atomic_write, retried, run
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 VALIDATION_ROWS = 10042
@@ -54,17 +54,13 @@ def download(path=DATA, url=URL, rows=VALIDATION_ROWS):
 
     Raises UserError, and leaves nothing, if it can't be reached or what came is not the `rows` examples.
     """
-    import urllib.error
-    import urllib.request
-
     path = Path(path)
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, atomic_write(path, "wb") as file:
-            shutil.copyfileobj(response, file)
-            file.flush()
+        with atomic_write(path, "wb") as file:
+            retried(fetch, url, file)
             count = sum(1 for _ in iterate_examples(file.name))  # what fails here never becomes `path`
             if count != rows:
                 raise UserError(f"{count} examples came, not {rows}")
@@ -72,6 +68,19 @@ def download(path=DATA, url=URL, rows=VALIDATION_ROWS):
         raise UserError(f"{url} can't be fetched ({error}); copy it to {path}, "
                         "or name a copy with --data") from error
     return path
+
+
+def fetch(url, file):
+    """Write what a url holds to a file open for writing, from its beginning. Raises OSError."""
+    import urllib.request
+
+    file.seek(0)
+    file.truncate()
+    with urllib.request.urlopen(url, timeout=60) as response:
+        shutil.copyfileobj(response, file)
+        if response.length:  # what copyfileobj does not notice
+            raise ConnectionError(f"{url} broke off {response.length} bytes before its end")
+    file.flush()
 
 
 def iterate_examples(path):

@@ -6,11 +6,14 @@
 
 The defaults are GPT-2 124M on FineWeb-Edu with the hyperparameters of the GPT-3 paper (table 2.1 and appendix
 B, https://arxiv.org/abs/2005.14165). Interrupted in any way, the same command with --resume goes on as if
-nothing had happened. `main` is the whole run and reads from top to bottom.
+nothing had happened. `train` is the whole run and reads from top to bottom.
 """
 
 import argparse
 import shlex
+
+# of the flags that make a run what it is, those that a person may want to change in its middle
+CHANGEABLE = ("max_steps", "max_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip")
 
 
 def parse_args(argv=None):
@@ -35,12 +38,15 @@ def parse_args(argv=None):
     add("--demo_data", action="store_true", help="make data_dir first, from Python's own documentation")
     add("--log_dir", default="log", help="where log.txt, run.json and the checkpoints go")
     add("--resume", action="store_true", help="go on from the newest valid checkpoint of log_dir")
+    add("--allow_change", nargs="+", metavar="FLAG", choices=CHANGEABLE, default=(),
+        help=f"what --resume may change of the run: {', '.join(CHANGEABLE)}")
     add("--init_from", metavar="MODEL",
         help="fine-tune gpt2, ..., gpt2-xl, a Hugging Face directory, a checkpoint; its shape counts")
     add("--seed", type=int, default=1337, help="of weights, order of the data, dropout and samples")
     add("--device", help="cuda, mps or cpu; found by itself")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="of products; the device's best")
     add("--compile", action=switch, default=True, help="torch.compile the model")
+    add("--timeout", type=float, default=600, help="seconds after which ranks give up on one that hangs")
     # the batch
     add("--max_steps", type=int, default=19073, help="optimizer steps: 10B tokens")
     add("--total_batch_size", type=int, default=524288, help="tokens in an optimizer step, over all ranks")
@@ -60,6 +66,7 @@ def parse_args(argv=None):
     add("--warmup_steps", type=int, default=715, help="GPT-3's 375M tokens")
     add("--weight_decay", type=float, default=0.1)
     add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0 does not clip")
+    add("--skip_bad_steps", type=int, default=0, help="steps with a gradient that is not finite to leave out")
     # once in a while
     add("--val_every", type=int, default=250, help="interval of the validation loss")
     add("--val_tokens", type=int, default=10485760, help="what it reads, from the start of the val split")
@@ -69,6 +76,7 @@ def parse_args(argv=None):
     add("--sample_prompt", default="Hello, I'm a language model,")
     add("--save_every", type=int, default=1000, help="interval of checkpoints (none at step 0)")
     add("--keep", type=int, default=2, help="numbered checkpoints that stay, the newest")
+    add("--keep_every", type=int, default=0, help="interval of checkpoints that stay for good")
     try:
         args = parser.parse_args(argv)
     except UnicodeDecodeError as error:
@@ -76,7 +84,8 @@ def parse_args(argv=None):
 
     at_least = dict(max_steps=1, total_batch_size=1, micro_batch_size=1, sequence_length=1, val_tokens=1)
     at_least |= dict(keep=2, val_every=0, hellaswag_every=0, sample_every=0, save_every=0, warmup_steps=0)
-    at_least |= dict(max_lr=0, min_lr=0, weight_decay=0, grad_clip=0, seed=0)
+    at_least |= dict(max_lr=0, min_lr=0, weight_decay=0, grad_clip=0, seed=0, keep_every=0, skip_bad_steps=0)
+    at_least |= dict(timeout=1)
     for flag, least in at_least.items():
         if not least <= getattr(args, flag) < float("inf"):
             parser.error(f"argument --{flag}: must be at least {least}, not {getattr(args, flag)}")
@@ -96,10 +105,12 @@ if __name__ == "__main__":
 
 import contextlib  # noqa: E402
 import ctypes  # noqa: E402
+import datetime  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
+import re  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -114,20 +125,19 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 import checkpoint  # noqa: E402
 import fineweb_edu  # noqa: E402
 import hellaswag  # noqa: E402
-from files import UserError, atomic_write, first_line, run  # noqa: E402
+from files import UNUSABLE_PATH, UserError, atomic_write, first_line, locked, naming, run  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from sample import print_samples  # noqa: E402
 from tokenizer import get_tokenizer  # noqa: E402
 
 # the flags that make a run what it is: to resume with another value would be another run
 IDENTITY = (
-    "seed", "max_steps", "total_batch_size", "sequence_length", "n_layer", "n_head", "n_embd", "vocab_size",
-    "block_size", "dropout", "bias", "max_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip",
-    "val_tokens",
+    "seed", "total_batch_size", "sequence_length", "n_layer", "n_head", "n_embd", "vocab_size", "block_size",
+    "dropout", "bias", "val_tokens", *CHANGEABLE,
 )
 
-
-NOT_FINITE = "Go on with --resume --dtype float32, or start anew with a lower --max_lr"
+NOT_FINITE = "--resume with --skip_bad_steps or --dtype float32 goes on, a lower --max_lr starts anew"
+LOST_RANK = re.compile("by peer|[Tt]imed out|Broken pipe")  # how gloo says that a process is gone or hangs
 
 
 class DataLoaderLite:
@@ -155,8 +165,8 @@ class DataLoaderLite:
         self.position = 0  # windows consumed so far, by all ranks together
         self.order_of, self.order = None, None  # the shuffle in use: (epoch, shard) and its permutation
 
-    def window(self, n):
-        """Window n of the stream: T + 1 ids, int64. Raises UserError for an id outside the vocabulary."""
+    def place(self, n):
+        """Where window n of the stream stands: (path, its tokens, where in them the window begins)."""
         epoch, n = divmod(n, self.num_windows)
         shard = int(np.searchsorted(self.ends, n, side="right"))
         n -= int(self.ends[shard]) - self.counts[shard]  # counted from the shard's beginning
@@ -165,10 +175,14 @@ class DataLoaderLite:
                 self.order_of = (epoch, shard)
                 self.order = np.random.default_rng((self.seed, epoch, shard)).permutation(self.counts[shard])
             n = int(self.order[n])
-        path, tokens = self.shards[shard]
-        ids = tokens[n * self.T : (n + 1) * self.T + 1].astype(np.int64)
+        return *self.shards[shard], n * self.T
+
+    def window(self, n):
+        """Window n of the stream: T + 1 ids, int64. Raises UserError for an id outside the vocabulary."""
+        path, tokens, start = self.place(n)
+        ids = tokens[start : start + self.T + 1].astype(np.int64)
         if ids.max() >= self.vocab_size:
-            offset = n * self.T + int((ids >= self.vocab_size).argmax())
+            offset = start + int((ids >= self.vocab_size).argmax())
             raise UserError(f"{path} holds id {tokens[offset]} at {offset}, the tokenizer ends at "
                             f"{self.vocab_size - 1}: prepare the data anew")
         return ids
@@ -222,8 +236,11 @@ def compile_model(model, device_type):
     return torch.compile(model)
 
 
-def setup_ranks(device=None):
-    """Join the process group that torchrun announces, if it does: (device, rank, world_size)."""
+def setup_ranks(device=None, timeout=None):
+    """Join the process group that torchrun announces, if it does: (device, rank, world_size).
+
+    timeout: a datetime.timedelta, after which a rank gives up on another.
+    """
     device = checkpoint.pick_device(device)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and device == "cuda":
@@ -231,7 +248,7 @@ def setup_ranks(device=None):
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
     return device, rank, world_size
 
 
@@ -246,26 +263,42 @@ def rank_zero_first(rank, world_size):
 
 
 @contextlib.contextmanager
-def memory_advice():
-    """Out of memory on a GPU is a mistake of the user's that has a remedy."""
+def advice(args):
+    """What goes wrong around a run is told in one line, with the remedy."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError("--micro_batch_size: out of memory; half of it gives the same result") from error
+    except OSError as error:
+        if isinstance(error, (*UNUSABLE_PATH, BrokenPipeError)):
+            raise
+        sys.exit(f"error: {error}. What was saved before stands: mend that, and --resume goes on")
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not LOST_RANK.search(str(error)):
+            raise
+        sys.exit(f"error: rank {dist.get_rank()} has lost another one, which has died or hung for --timeout "
+                 f"{args.timeout:g} seconds ({first_line(error)}); --resume goes on")
 
 
 class StopRequested(Exception):
     """SIGTERM or Ctrl-C, agreed on by all ranks. args[0] is the signal's number."""
 
 
-@memory_advice()
 def main(args):
+    """The whole run; what it holds of the machine, it lets go of however it ends."""
+    with contextlib.ExitStack() as at_exit, advice(args):
+        train(args, at_exit)
+
+
+def train(args, at_exit):
+    """Train as the flags say. at_exit: the ExitStack that puts things back behind it."""
     tune_host()
-    device, rank, world_size = setup_ranks(args.device)
+    timeout = datetime.timedelta(seconds=args.timeout)
+    device, rank, world_size = setup_ranks(args.device, timeout)
     device_type = device.partition(":")[0]
     ddp = world_size > 1
     # what ranks agree on besides gradients goes from CPU to CPU: no GPU is waited for
-    control = dist.new_group(backend="gloo") if ddp else None
+    control = dist.new_group(backend="gloo", timeout=timeout) if ddp else None
 
     def say(*words):
         if rank == 0:
@@ -277,6 +310,14 @@ def main(args):
         if ddp:
             dist.all_reduce(value, dist.ReduceOp.MAX, group=control)
         return value.item()
+
+    def everyone(value):
+        """All ranks' values that are not None, in the order of the ranks."""
+        values = [value]
+        if ddp:
+            values = [None] * world_size
+            dist.all_gather_object(values, value, group=control)
+        return [value for value in values if value is not None]
 
     # a stop signal is remembered, and asked for where the model is whole. torchrun and schedulers send it to
     # ranks that have it already; a person who presses Ctrl-C again seconds later does not want to wait
@@ -295,6 +336,9 @@ def main(args):
 
     log_dir = Path(args.log_dir)
     log_file = log_dir / "log.txt"
+    if rank == 0:
+        at_exit.enter_context(locked(log_dir))
+    args.resume = args.resume or restarted(log_dir / "run.json")
     if not args.resume and (checkpoint.numbered(log_dir) or log_file.exists() and log_file.stat().st_size):
         raise UserError(f"--log_dir {log_dir} holds a run: --resume goes on with it, another one starts anew")
     shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "dropout", "bias")}
@@ -339,6 +383,9 @@ def main(args):
     settings = dict(data_dir=args.data_dir, seed=args.seed, vocab_size=num_tokens)
     train_loader = DataLoaderLite(B, T, rank, world_size, "train", **settings)
     val_loader = DataLoaderLite(B, T, rank, world_size, "val", **settings)
+    with rank_zero_first(rank, world_size):
+        if rank == 0:
+            fineweb_edu.prove(args.data_dir)
     if num_tokens > args.vocab_size and not args.init_from:
         raise UserError(f"--vocab_size {args.vocab_size}: {args.data_dir} was encoded with {num_tokens} ids")
     config.num_tokens = num_tokens
@@ -372,11 +419,14 @@ def main(args):
     if newest:
         raw_model, meta = checkpoint.load(newest, device)
         start_step, before = meta["step"], meta.get("identity", {})
-        changes = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in identity.items()
-                   if before.get(key) != value]
-        if changes:
-            raise UserError(f"--resume would change the run in {log_dir}: {', '.join(changes)}; another "
-                            "--log_dir starts a new one")
+        changes = {key: f"{key} {before.get(key)!r} -> {value!r}" for key, value in identity.items()
+                   if before.get(key) != value}
+        if changes.keys() - set(args.allow_change):
+            allow = f"--allow_change {' '.join(changes)}" if changes.keys() <= set(CHANGEABLE) else ""
+            raise UserError(f"--resume would change the run in {log_dir}: {', '.join(changes.values())}; "
+                            f"{allow or 'another --log_dir'} is for those who mean it")
+        for change in changes.values():
+            say(f"changed: {change}")
         say(f"resuming {newest} at step {start_step}")
     elif args.init_from:
         raw_model = load_init(args, tokenizer, num_tokens).to(device)
@@ -385,14 +435,8 @@ def main(args):
         raw_model = GPT(config).to(device)
     raw_model.train()
 
-    log_lines = None
     if rank == 0:
-        try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            keep_log_before(log_file, start_step)
-            log_lines = open(log_file, "a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--log_dir {log_dir} can't be written ({error})") from error
+        keep_log_before(log_file, start_step)
 
     # --------------------------------------------------------------------- precision, optimizer, compile, DDP
 
@@ -450,8 +494,8 @@ def main(args):
 
     def log(**values):
         if rank == 0:
-            log_lines.writelines(f"{step} {stream} {value:.10f}\n" for stream, value in values.items())
-            log_lines.flush()
+            with naming(log_file), open(log_file, "a", encoding="utf-8") as file:
+                file.writelines(f"{step} {stream} {value:.10f}\n" for stream, value in values.items())
 
     @torch.no_grad()
     def evaluate_loss():
@@ -492,13 +536,29 @@ def main(args):
         if not all(p.isfinite().all() for p in raw_model.parameters()):
             sys.exit(f"error: before step {step} the weights are not finite; nothing was saved. {NOT_FINITE}")
         if rank == 0:
-            os.fsync(log_lines.fileno())  # what led to a checkpoint is on the disk before it is
-            facts = dict(val_loss=val_loss, best_val=best_val, dtype=dtype, scaler=scaler.state_dict())
+            if log_file.exists():  # what led to a checkpoint is on the disk before it is
+                with open(log_file, "rb") as file:
+                    os.fsync(file.fileno())
+            facts = dict(val_loss=val_loss, best_val=best_val, dtype=dtype, scaler=scaler.state_dict(),
+                         skipped=skipped)
             checkpoint.save(path, step, raw_model, tokenizer_name, optimizer, identity=identity, **facts)
-            checkpoint.prune(log_dir, args.keep, step)
+            checkpoint.prune(log_dir, args.keep, step, args.keep_every)
         if ddp:
             dist.barrier(group=control)
         say(f"step {step}: saved {path}")
+
+    def blame():
+        """Where a step is not finite: this rank's sequences once more, one by one, up to the first such."""
+        windows = args.total_batch_size // T  # all ranks' of the step
+        for n in [step * windows + i for i in range(windows) if i // B % world_size == rank]:
+            optimizer.zero_grad()
+            x, y = train_loader.batch(n, 1)
+            with autocast:
+                _, loss = raw_model(x.to(device), y.to(device))
+            loss.backward()
+            if not all(value.isfinite().all() for value in (loss, *(p.grad for p in raw_model.parameters()))):
+                path, _, start = train_loader.place(n)
+                return f"rank {rank}: loss {loss.item()} at {start} of {path}"
 
     def due(interval):
         return interval > 0 and (step % interval == 0 or step == args.max_steps)
@@ -515,9 +575,10 @@ def main(args):
     say(f"{args.total_batch_size:,} tokens a step = {B} sequences x {T} tokens x {world_size} ranks x "
         f"{grad_accum_steps} micro-batches; {args.max_steps:,} steps are {epochs:.2f} epochs")
 
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        at_exit.callback(signal.signal, number, signal.signal(number, on_signal))
     train_loader.position = start_step * args.total_batch_size // T
-    val_loss, best_val = meta.get("val_loss"), meta.get("best_val", math.inf)
+    val_loss, best_val, skipped = meta.get("val_loss"), meta.get("best_val", math.inf), meta.get("skipped", 0)
     step, dt_mean, stopped = start_step, None, None
     try:
         for step in range(start_step, args.max_steps + 1):
@@ -545,7 +606,7 @@ def main(args):
                 sample()
             # a stop may have saved the step that a run resumes at, but before it was evaluated
             saved = step == start_step and val_loss == meta.get("val_loss")
-            if due(args.save_every) and step > 0 and not saved:
+            if (due(args.save_every) or due(args.keep_every)) and step > 0 and not saved:
                 save(log_dir / f"ckpt_{step:06d}", optimizer)
             if step == args.max_steps:  # the extra lap measured and saved the finished model
                 break
@@ -565,23 +626,37 @@ def main(args):
                 loss_mean += loss.detach()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip or math.inf)
-            lr = get_lr(step, args)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
             if ddp:
                 dist.all_reduce(loss_mean)
                 loss_mean /= world_size
+            # the one time that the GPU is waited for: what is not finite must not reach the weights. A norm
+            # too large for fp16 is no fault, its scaler leaves the step out and goes on with a smaller scale
+            train_loss, norm = loss_mean.item(), norm.item()
+            bad = not math.isfinite(train_loss) or not (math.isfinite(norm) or scaler.is_enabled())
+            if bad:
+                skipped += 1
+                found = everyone(blame())
+                words = f"step {step} has loss {train_loss} and gradient norm {norm}; " + (
+                    "; ".join(found) or "computed again one by one, each of its sequences is finite")
+                if skipped > args.skip_bad_steps:
+                    sys.exit(f"error: {words}. {NOT_FINITE}")
+                log(skipped=skipped)
+                say(f"left out: {words}")
+            lr = get_lr(step, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if not bad:
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if bad:
+                continue
 
-            train_loss, norm = loss_mean.item(), norm.item()  # the one time that the GPU is waited for
             dt = time.perf_counter() - started
-            if not math.isfinite(train_loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                sys.exit(f"error: step {step} has loss {train_loss} and gradient norm {norm}. {NOT_FINITE}")
             tokens_per_second = args.total_batch_size / dt
             log(train=train_loss, norm=norm, lr=lr, **{"tok/s": tokens_per_second})
-            dt_mean = dt if step < start_step + 2 else 0.9 * dt_mean + 0.1 * dt  # the first step is slow
+            first = dt_mean is None or step == start_step + 1  # the very first is slow
+            dt_mean = dt if first else 0.9 * dt_mean + 0.1 * dt
             mfu = raw_model.estimate_mfu(tokens_per_second / world_size, T, device_name)
             mfu = "n/a" if mfu is None or dtype == "float32" else f"{mfu:.1%}"
             eta = duration(dt_mean * (args.max_steps - step - 1))
@@ -592,11 +667,6 @@ def main(args):
         if step > start_step or not newest:  # the step under way is dropped: a resumed run begins with it
             save(log_dir / f"ckpt_{step:06d}", optimizer)
         say(f"stopped by {signal.Signals(stopped).name} before step {step}; --resume goes on")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if rank == 0:
-            log_lines.close()
 
     if ddp:
         dist.destroy_process_group()
@@ -606,6 +676,13 @@ def main(args):
     say(f"               python hellaswag.py -m {log_dir}")
     if args.demo_data:
         say("the real thing: python fineweb_edu.py && torchrun --standalone --nproc_per_node=8 train_gpt2.py")
+
+
+def restarted(path):
+    """Whether torchrun has started this run before, as run.json tells, and does so again after a failure."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.exists():
+        return False
+    return read_record(path).get("torchrun") == os.environ["TORCHELASTIC_RUN_ID"]
 
 
 def load_hellaswag(args, rank, world_size, say):
@@ -665,13 +742,20 @@ def record_start(path, args, **facts):
         command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), flags=vars(args), **facts, git_commit=commit,
-                  torch=torch.__version__, python=platform.python_version())
-    try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): remove it, it is a record only") from error
+                  torch=torch.__version__, python=platform.python_version(),
+                  torchrun=os.environ.get("TORCHELASTIC_RUN_ID"))
+    starts = read_record(path)["starts"] if path.exists() else []
     with atomic_write(path) as file:
         json.dump({**record, "starts": [*starts, record]}, file, indent=1)
+
+
+def read_record(path):
+    """run.json as `record_start` has written it. Raises UserError."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {**record, "starts": [dict(start) for start in record["starts"]]}
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): remove it, it is a record only") from error
 
 
 def duration(seconds):

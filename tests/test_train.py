@@ -216,11 +216,30 @@ def test_compiled_is_the_same_run_and_resumes(shards, whole, tmp_path):
     data = tmp_path / "hellaswag.jsonl"
     data.write_text(json.dumps({"ctx": "The", "endings": ["a", "b", "c", "d d"], "label": 1}) + "\n")
     flags = ["--compile", "--hellaswag_every", 4, "--hellaswag_data", data, "--sample_every", 4]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     log = train(shards, tmp_path / "log", *flags)
     assert json.loads((tmp_path / "log" / "run.json").read_text())["compiled"]
+    # one to train and one to evaluate: the warm-up has compiled what the steps run
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 2
     assert close({key: log[key] for key in whole[1]}, whole[1])
     shutil.rmtree(tmp_path / "log" / "ckpt_000012")
     assert train(shards, tmp_path / "log", *flags, "--resume") == log
+
+
+def test_compiled_gradients_are_the_same_bits_on_a_busy_machine():
+    torch.manual_seed(0)
+    raw_model = train_gpt2.GPT(train_gpt2.GPTConfig(32, 512, 2, 2, 32))
+    model = train_gpt2.compile_model(raw_model, "cpu")
+    windows = torch.randint(50, (4, 33))  # each token several times
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    seen = set()
+    for _ in range(100):
+        model(windows[:, :-1], windows[:, 1:])[1].backward()
+        seen.add(raw_model.transformer.wte.weight.grad.numpy().tobytes())
+        raw_model.zero_grad()
+    for process in busy:
+        process.kill()
+    assert len(seen) == 1
 
 
 def test_where_compile_does_not_work_it_is_said_and_training_goes_on(
