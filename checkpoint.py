@@ -230,8 +230,11 @@ def load_model(source, device="cpu"):
     try:
         return GPT.from_pretrained(source).to(device)
     except Exception as error:  # from a torn file to a pickle that is refused: transformers raises all kinds
-        raise UserError(f"{source} can't be loaded ({first_line(error)}); "
-                        "without network, give -m a local directory") from error
+        reason = first_line(error)
+        if "weights_only" in str(error):  # torch's own words recommend to run it
+            reason = "its weights are a pickle of more than tensors, which may be code of a stranger's"
+        raise UserError(f"{source} can't be loaded ({reason}); without network, give -m a local directory"
+                        ) from error
 
 
 def tokenizer_path(source):

@@ -120,6 +120,7 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch.distributed.rendezvous import rendezvous  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import checkpoint  # noqa: E402
@@ -236,10 +237,10 @@ def compile_model(model, device_type):
     return torch.compile(model)
 
 
-def setup_ranks(device=None, timeout=None):
+def setup_ranks(device=None, timeout=datetime.timedelta(minutes=10)):
     """Join the process group that torchrun announces, if it does: (device, rank, world_size).
 
-    timeout: a datetime.timedelta, after which a rank gives up on another.
+    timeout: after which a rank gives up on another that does not answer.
     """
     device = checkpoint.pick_device(device)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -248,7 +249,11 @@ def setup_ranks(device=None, timeout=None):
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
+        # after a failure torchrun starts the ranks again with the same store, full of addresses of the dead
+        store, *_ = next(rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return device, rank, world_size
 
 
@@ -276,7 +281,7 @@ def advice(args):
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not LOST_RANK.search(str(error)):
             raise
-        sys.exit(f"error: rank {dist.get_rank()} has lost another one, which has died or hung for --timeout "
+        sys.exit(f"error: rank {os.environ.get('RANK')} has lost another one, which has died or hung for --timeout "
                  f"{args.timeout:g} seconds ({first_line(error)}); --resume goes on")
 
 
@@ -459,7 +464,7 @@ def train(args, at_exit):
 
     def warm_up(model):
         """One forward and backward pass that leaves nothing behind."""
-        x, y = (tokens.to(device) for tokens in train_loader.batch(0, B))  # of another layout, it compiles anew
+        x, y = (tokens.to(device) for tokens in train_loader.batch(0, B))  # another layout would compile anew
         with autocast:
             _, loss = model(x, y)
         loss.backward()

@@ -9,14 +9,21 @@ import urllib.parse
 REPOSITORY, REVISION = "HuggingFaceFW/fineweb-edu", "0123456789abcdef0123456789abcdef01234567"
 
 
-def serve(files):
-    """Serve {path: bytes} as the repository; returns the server, which lists what it was asked in `asked`."""
+def serve(files, faults=()):
+    """Serve {path: bytes} as the repository; returns the server, which lists what it was asked in `asked`.
+
+    faults: what the first requests get instead: "503", "429", or, for a file, "half" of it.
+    """
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             url = urllib.parse.urlparse(self.path)
             path = urllib.parse.unquote(url.path)
             self.server.asked.append((self.command, path))
+            fault = self.server.faults[0] if self.server.faults else ""
+            if fault.isdigit():
+                del self.server.faults[0]
+                return self.reply(int(fault), b"", {})
             api, file = f"/api/datasets/{REPOSITORY}", f"/datasets/{REPOSITORY}/resolve/"
             if path.startswith(f"{api}/tree/"):
                 below = path.removeprefix(f"{api}/tree/{REVISION}").strip("/")
@@ -30,7 +37,7 @@ def serve(files):
             elif path.startswith(file) and path.removeprefix(file).partition("/")[2] in files:
                 content = files[path.removeprefix(file).partition("/")[2]]
                 headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": REVISION}
-                self.reply(200, content, headers)
+                self.reply(200, content, headers, torn=fault == "half" and self.command == "GET")
             else:
                 self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
 
@@ -39,11 +46,15 @@ def serve(files):
         def reply_json(self, value):
             self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-        def reply(self, status, content, headers):
+        def reply(self, status, content, headers, torn=False):
             self.send_response(status)
             for name, value in {**headers, "Content-Length": len(content)}.items():
                 self.send_header(name, str(value))
             self.end_headers()
+            if torn:
+                del self.server.faults[0]
+                content = content[: len(content) // 2]
+                self.close_connection = True
             if self.command != "HEAD":
                 self.wfile.write(content)
 
@@ -64,6 +75,6 @@ def serve(files):
         ]
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked = []
+    server.asked, server.faults = [], list(faults)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

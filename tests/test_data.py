@@ -4,17 +4,13 @@ import gzip
 import io
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, refused, run_script
+from conftest import refused, run_script
 
 import fineweb_edu
 from files import UserError
@@ -154,40 +150,6 @@ def test_tinyshakespeare(tmp_path, real_data, gpt2_tokenizer):
     assert "338,026 tokens" in run_script("fineweb_edu.py", "--verify", tmp_path / "out").stdout
 
 
-def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, texts, learned):
-    write_parquet(tmp_path / "a.parquet", texts * 12)
-    write_parquet(tmp_path / "b.parquet", texts * 12)
-    code = "import fineweb_edu as f; f.BATCH_CHARS = 10**6; f.run(f.main, f.parse_args())"  # several a file
-    command = [sys.executable, "-c", code, "--input", tmp_path / "a.parquet", tmp_path / "b.parquet",
-               "--tokenizer", learned, "--shard_size", "100000", "--num_proc", "2", "--data_dir"]
-    subprocess.run([*command, tmp_path / "whole" / "data"], cwd=ROOT, check=True, capture_output=True)
-    killed = tmp_path / "killed" / "data"
-    finished = {}
-    for shards in (2, 9):
-        process = subprocess.Popen([*command, killed], cwd=ROOT, stdout=subprocess.PIPE)
-        while process.poll() is None and len(list(killed.glob("*.npy"))) < shards:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        manifest = json.loads((killed / "manifest.json").read_text())
-        assert not manifest["complete"] and len(manifest["shards"]) >= shards - 1
-        assert manifest["next"][:2] > [0, 0] or shards == 2  # behind the first batch
-        with pytest.raises(UserError, match="interrupted"):
-            open_shards(killed, "train")
-        for name, changed in finished.items():  # what was finished is not done again
-            assert (killed / name).stat().st_mtime_ns == changed
-        finished = {
-            shard["file"]: (killed / shard["file"]).stat().st_mtime_ns for shard in manifest["shards"]
-        }
-    inputs = ["--input", tmp_path / "a.parquet", tmp_path / "b.parquet", "--tokenizer", learned]
-    other = run_script("fineweb_edu.py", *inputs, "--shard_size", 100_000, "--data_dir", killed, check=False)
-    assert refused(other, str(killed), "another version")  # its batches are of another size
-    process = subprocess.run([*command, killed], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert "going on behind" in process.stdout
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "data").iterdir()}
-    assert {path.name: path.read_bytes() for path in killed.iterdir()} == whole and len(whole) > 15
-
-
 def test_fineweb_edu_comes_from_the_hub(tmp_path, texts, learned):
     """`python fineweb_edu.py` itself, against a local server with the hub's interface and layout."""
     files = {"data/CC-MAIN-2024-10/train-00000.parquet": texts[40:],
@@ -270,34 +232,6 @@ def test_another_preparation_in_the_same_place_is_refused(shards, tmp_path, lear
         prepare([tmp_path / "a.txt"], tmp_path / "data", {}, learned)
 
 
-def damage(data, how):
-    path = sorted(data.glob("*_train_*.npy"))[1]
-    ids = np.load(path)
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[:-100])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "another dtype":
-        np.save(path, ids.astype(np.int32))
-    elif how == "missing":
-        path.unlink()
-    elif how == "added":
-        shutil.copy(path, data / "data_train_000099.npy")
-    return path
-
-
-@pytest.mark.parametrize("how, words", [("truncated", "bytes|whole"), ("empty", "bytes|whole"),
-    ("another dtype", "bytes|int32"), ("missing", "missing"), ("added", "not in manifest|missing")])
-@pytest.mark.parametrize("with_manifest", [True, False])
-def test_a_damaged_directory_is_refused_by_name(shards, tmp_path, how, words, with_manifest):
-    shutil.copytree(shards, tmp_path / "data")
-    if not with_manifest:  # as build-nanogpt leaves it
-        (tmp_path / "data" / "manifest.json").unlink()
-    damage(tmp_path / "data", how)
-    with pytest.raises(UserError, match=words):
-        open_shards(tmp_path / "data", "train")
-
-
 def test_verify_finds_a_flipped_bit(shards, tmp_path):
     shutil.copytree(shards, tmp_path / "data")
     assert verify(tmp_path / "data") > 10**5
@@ -331,23 +265,6 @@ def test_ranks_and_micro_batches_partition_one_stream(shards):
     assert np.array_equal(x[:, 1:], y[:, :-1])
     for B, ranks in ((16, 1), (4, 2), (8, 2), (2, 4), (4, 4)):
         assert all(map(np.array_equal, global_batch(B, ranks, windows), (x, y)))
-
-
-def test_each_window_comes_once_an_epoch_and_in_another_order_each_time(tmp_path):
-    for name, count in (
-        ("val_000000", 50), ("train_000001", 1000), ("train_000002", 3), ("train_000003", 777)
-    ):
-        np.save(tmp_path / f"x_{name}.npy", np.arange(count, dtype=np.uint16) + 1000 * int(name[-1]))
-    loader = DataLoaderLite(1, 8, data_dir=tmp_path, seed=5)
-    assert loader.num_windows == 999 // 8 + 776 // 8  # the shard of three tokens holds none
-    epochs = [[int(loader.next_batch()[0][0, 0]) for _ in range(loader.num_windows)] for _ in range(3)]
-    starts = [1000 + 8 * i for i in range(999 // 8)] + [3000 + 8 * i for i in range(776 // 8)]
-    assert all(sorted(epoch) == starts for epoch in epochs)
-    assert epochs[0] != starts and epochs[0] != epochs[1] != epochs[2]
-    loader.position = loader.num_windows + 17  # no state but the position
-    assert int(loader.next_batch()[0][0, 0]) == epochs[1][17]
-    val = DataLoaderLite(2, 8, split="val", data_dir=tmp_path)
-    assert [int(row[0]) for _ in range(3) for row in val.next_batch()[0]] == [0, 8, 16, 24, 32, 40]
 
 
 def test_loader_refusals(tmp_path):

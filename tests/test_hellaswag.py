@@ -1,8 +1,6 @@
 """HellaSwag: the fast evaluation predicts what one example at a time does; bad files are refused by line."""
 
-import http.server
 import json
-import threading
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ import torch.nn.functional as F
 from conftest import refused, run_script
 
 import hellaswag
-from files import UserError
 from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 
@@ -120,57 +117,6 @@ def test_command_with_a_checkpoint(tmp_path, examples, learned):
     assert json.loads((tmp_path / "two.json").read_text()) == result
 
 
-GOOD = json.dumps({"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 1})
-
-
-@pytest.mark.parametrize("line, words", [
-    ("<!DOCTYPE html>", "not a HellaSwag example"), (GOOD[:-9], "not a HellaSwag example"),
-    (GOOD.replace('"d"', '"d", "e"'), "four endings"), (GOOD.replace(', "d"', ""), "four endings"),
-    (GOOD.replace("1}", "7}"), "label"), (GOOD.replace("1}", "true}"), "label"),
-    (GOOD.replace("A man", ""), "ctx"),
-])
-def test_bad_lines_are_refused_by_number(tmp_path, line, words):
-    (tmp_path / "data.jsonl").write_text(f"{GOOD}\n{line}\n{GOOD}\n")
-    with pytest.raises(UserError, match=f"data.jsonl:2: .*{words}"):
-        list(hellaswag.iterate_examples(tmp_path / "data.jsonl"))
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    pages = {
-        "/good": (200, (GOOD + "\n").encode() * 3), "/html": (200, b"<html>busy</html>"),
-        "/short": (200, GOOD.encode()), "/error": (503, GOOD.encode()),
-    }
-
-    def do_GET(self):
-        torn = self.path == "/torn"
-        status, content = self.pages["/good" if torn else self.path]
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if torn else content)
-
-    def log_message(self, *_):
-        pass
-
-
-def test_download_keeps_only_what_is_whole(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    path = tmp_path / "hellaswag" / "val.jsonl"
-    for page in ("html", "short", "error", "torn"):
-        with pytest.raises(UserError, match=page):
-            hellaswag.download(path, f"{url}/{page}", rows=3)
-        assert list(path.parent.iterdir()) == []
-    assert hellaswag.download(path, f"{url}/good", rows=3) == path
-    assert len(list(hellaswag.iterate_examples(path))) == 3
-    server.shutdown()
-    server.server_close()
-    assert hellaswag.download(path, f"{url}/good", rows=3) == path  # it is there: no server is asked
-    with pytest.raises(UserError, match="--data"):
-        hellaswag.download(tmp_path / "other.jsonl", f"{url}/good", rows=3)
-
-
 def test_command_refusals(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("")
@@ -178,5 +124,5 @@ def test_command_refusals(tmp_path):
     assert refused(run_script(*command, data, check=False), data, "no examples")
     assert refused(run_script(*command, tmp_path / "no.jsonl", check=False), "no.jsonl")
     assert refused(run_script(*command, data, "--json", "/nonexistent/out.json", check=False), "--json")
-    data.write_text(GOOD + "\n")
+    data.write_text(json.dumps({"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 1}) + "\n")
     assert refused(run_script(*command, data, check=False), "nothing", "gpt2-xl")
