@@ -26,6 +26,8 @@ def parse_args(argv=None):
 
     def split_line(line):
         """The flags of a config file's line, written as on a command line; # begins a comment."""
+        if "\0" in line:  # no command line can hold one, and no path
+            parser.error(f"config line {line!r}: holds a zero byte")
         try:
             return shlex.split(line, comments=True)
         except ValueError as error:
@@ -81,16 +83,17 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     except UnicodeDecodeError as error:
         parser.error(f"a config file is not UTF-8 text: {error}")
+    except RecursionError:
+        parser.error("a config file names itself with @")
 
     at_least = dict(max_steps=1, total_batch_size=1, micro_batch_size=1, sequence_length=1, val_tokens=1)
     at_least |= dict(keep=2, val_every=0, hellaswag_every=0, sample_every=0, save_every=0, warmup_steps=0)
     at_least |= dict(max_lr=0, min_lr=0, weight_decay=0, grad_clip=0, seed=0, keep_every=0, skip_bad_steps=0)
     at_least |= dict(timeout=1)
     for flag, least in at_least.items():
-        if not least <= getattr(args, flag) < float("inf"):
-            parser.error(f"argument --{flag}: must be at least {least}, not {getattr(args, flag)}")
-    if args.seed >= 2**63:
-        parser.error("argument --seed: must be less than 2**63")
+        if not least <= getattr(args, flag) < 2**63:  # beyond it no float and no tensor's size follows
+            parser.error(f"argument --{flag}: must be at least {least} and less than 2**63, "
+                         f"not {getattr(args, flag)}")
     if args.block_size is None:
         args.block_size = args.sequence_length
     if args.block_size < args.sequence_length:
