@@ -48,9 +48,9 @@ class GPTConfig:
     num_tokens: int | None = None  # ids the tokenizer knows, the rest is padding; None: at most GPT-2's 50257
 
     def __post_init__(self):
-        if self.num_tokens is None:
-            self.num_tokens = min(self.vocab_size, 50257)
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "num_tokens"):
+            if name == "num_tokens" and self.num_tokens is None:
+                self.num_tokens = min(self.vocab_size, 50257)  # a number by now
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
@@ -58,7 +58,7 @@ class GPTConfig:
             raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if self.num_tokens > self.vocab_size:
             raise ValueError(f"num_tokens ({self.num_tokens}) must not exceed vocab_size ({self.vocab_size})")
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, not {self.dropout!r}")
 
 
