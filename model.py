@@ -459,6 +459,7 @@ def next_token(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probs = logits.softmax(dim=-1)
     if top_p is not None:
+        top_p = max(top_p, 1e-30)  # a smaller one may be 0 as a float32: not even the likeliest would stay
         probs_sorted, order = probs.sort(dim=-1, descending=True)
         before = probs_sorted.cumsum(dim=-1) - probs_sorted  # the probability of all likelier tokens
         probs = torch.zeros_like(probs).scatter_(-1, order, probs_sorted.masked_fill(before >= top_p, 0.0))
