@@ -1,6 +1,7 @@
 """What every script does at its edges: write files whole or not at all, and tell a mistake in one line."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -16,29 +17,29 @@ class UserError(ValueError):
 BUSY = (408, 429, 500, 502, 503, 504)  # statuses of a server that may answer the next time
 PAUSES = (1, 2, 4, 8, 16)  # seconds
 
-# what the system says of a path that a user gave and that can't be used so
-UNUSABLE_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+# what the system says of a path that a user gave and that can't be used; a full disk is no mistake of theirs
+UNUSABLE_PATH = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM,
+                 errno.ENAMETOOLONG)
 
 
 def run(main, args):
     """main(args) as a script: a mistake ends it with one line and exit status 2, Ctrl-C with status 130.
 
-    What the system can't do, as write to a full disk, is one line too, with status 1.
+    What the system can't do, as to write to a full disk, is one line too, with status 1.
     """
+    sys.stdout.reconfigure(errors="replace")  # what a terminal or pipe has no character for is shown as a ?
     try:
         main(args)
-    except (UserError, *UNUSABLE_PATH) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # all ranks find most mistakes: rank 0 says it, and torchrun ends the others
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe has left: `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    except (UserError, OSError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # all ranks find most mistakes: rank 0 says it, and torchrun ends the others
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)  # a path may hold line breaks
+        sys.exit(2 if isinstance(error, UserError) or error.errno in UNUSABLE_PATH else 1)
 
 
 def first_line(error):

@@ -113,7 +113,6 @@ def main(args):
     prompts = [PROMPT if prompt is None else prompt]
     if prompt is None and sys.stdin.isatty():
         prompts = typed_prompts()
-    sys.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8 shows a ? and goes on
     device = pick_device(args.device)
     if args.int8 and device != "cpu":
         raise UserError(f"--int8: its kernels run on the CPU, not on {device}; add -d cpu, or leave it out")

@@ -278,7 +278,7 @@ def advice(args):
     except torch.OutOfMemoryError as error:
         raise UserError("--micro_batch_size: out of memory; half of it gives the same result") from error
     except OSError as error:
-        if isinstance(error, (*UNUSABLE_PATH, BrokenPipeError)):
+        if isinstance(error, BrokenPipeError) or error.errno in UNUSABLE_PATH:
             raise
         sys.exit(f"error: {error}. What was saved before stands: mend that, and --resume goes on")
     except RuntimeError as error:
