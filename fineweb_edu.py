@@ -134,7 +134,7 @@ def last_cut(text):
 def parse_json(line, place):
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error})") from None
 
 

@@ -103,7 +103,7 @@ def check_example(line, place):
     try:
         example = json.loads(line)
         context, endings, label = example["ctx"], example["endings"], example["label"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{place}: not a HellaSwag example ({error!r}); fetch the file anew") from error
     if not isinstance(context, str) or not context:
         raise UserError(f"{place}: ctx must be text, not {context!r}")

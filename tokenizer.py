@@ -60,7 +60,7 @@ def get_tokenizer(name="gpt2"):
     except FileNotFoundError:
         raise UserError(f"no tokenizer {name}: name 'gpt2' or a file made by "
                         "`python tokenizer.py train`") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{name} is not a tokenizer made by "
                         f"`python tokenizer.py train`: {error!r}") from error
     return encoding

@@ -762,7 +762,7 @@ def read_record(path):
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return {**record, "starts": [dict(start) for start in record["starts"]]}
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}): remove it, it is a record only") from error
 
 
