@@ -51,6 +51,12 @@ FORMAT = "gpt2 checkpoint, version 1"
 NAME = re.compile(r"ckpt_(\d{6,})$")
 
 
+# what a run and a person read of a meta.json, if it is there
+KINDS = dict(step=int, config=dict, files=dict, identity=dict, val_loss=(float, type(None)), best_val=float,
+             dtype=str, scaler=dict)
+REQUIRED = ("step", "config", "files")
+
+
 class DamagedCheckpoint(UserError):
     """A checkpoint that is not as it was written."""
 
@@ -117,7 +123,13 @@ def read_meta(path, digests=True):
             raise DamagedCheckpoint(f"{path}/meta.json is damaged: its digest is not the one it states")
         if meta["format"] != FORMAT:
             raise DamagedCheckpoint(f"{path} is of the format {meta['format']!r}, this is {FORMAT!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        number = NAME.match(path.name)
+        if (not all(isinstance(meta.get(key), KINDS[key]) for key in KINDS if key in meta or key in REQUIRED)
+                or "model.safetensors" not in meta["files"]
+                or not all({"bytes", "digest"} <= entry.keys() for entry in meta["files"].values())
+                or number and int(number[1]) != meta["step"]):
+            raise DamagedCheckpoint(f"{path}/meta.json does not describe this checkpoint")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DamagedCheckpoint):
             raise
         raise DamagedCheckpoint(f"{path} is not a whole checkpoint: "

@@ -456,13 +456,13 @@ def train(args, at_exit):
         dtype = args.dtype or ("bfloat16" if torch.cuda.is_bf16_supported(False) else "float16")
     if dtype != "float32":
         autocast = torch.autocast(device_type, dtype=getattr(torch, dtype))
-    if meta and meta["dtype"] != dtype:
+    if meta.get("dtype", dtype) != dtype:
         say(f"the run was in {meta['dtype']} before, it goes on in {dtype}")
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")  # fp16 gradients underflow without
     optimizer = raw_model.configure_optimizers(args.weight_decay, args.max_lr, device_type)
     if newest:
         checkpoint.load_optimizer(newest, optimizer)
-        if meta["scaler"] and scaler.is_enabled():
+        if meta.get("scaler") and scaler.is_enabled():
             scaler.load_state_dict(meta["scaler"])
 
     def warm_up(model):
