@@ -358,21 +358,33 @@ def write_manifest(data_dir, manifest):
         json.dump(manifest, file, indent=1)
 
 
+def has(entry, kinds):
+    """Whether a dict has these keys, each with a value of its kind."""
+    return all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+
+
 def read_manifest(data_dir):
     """The manifest of a directory of shards, or None if it has none (build-nanogpt's have none)."""
     path = Path(data_dir) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        needed = {"tokenizer", "num_tokens", "complete", "shards"}
-        of_shard = {"file", "split", "tokens", "bytes", "digest"}
-        if manifest["format"] != FORMAT or not needed <= manifest.keys():
+        needed = dict(source=dict, tokenizer=(str, dict), num_tokens=int, complete=bool, shards=list)
+        if manifest["format"] != FORMAT or not has(manifest, needed):
             raise ValueError(f"it is not one of {FORMAT!r}")
-        if not all(of_shard <= shard.keys() for shard in manifest["shards"]):
+        if not all(has(shard, dict(file=str, split=str, tokens=int, bytes=int, digest=str))
+                   for shard in manifest["shards"]):
             raise ValueError("it does not describe its shards")
+        if manifest["tokenizer"] != "gpt2" and not has(manifest["tokenizer"], dict(file=str, digest=str)):
+            raise ValueError("it does not name its tokenizer")
+        if not manifest["complete"] and not (
+                has(manifest, dict(next=list, batches=list, val_tokens=(int, type(None))))
+                and len(manifest["next"]) == 3
+                and all(isinstance(n, int) and n >= 0 for n in manifest["next"])):
+            raise ValueError("it does not say where to go on")
         return manifest
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} can't be used ({error!r}); prepare the data anew") from error
 
 
@@ -533,7 +545,7 @@ def tokenizer_of(data_dir):
     if manifest is None or manifest["tokenizer"] == "gpt2":
         return "gpt2"
     path = Path(data_dir) / manifest["tokenizer"]["file"]
-    if not path.exists() or digest(path) != manifest["tokenizer"]["digest"]:
+    if not path.is_file() or digest(path) != manifest["tokenizer"]["digest"]:
         raise UserError(f"{path} is missing or not the tokenizer that encoded these shards; "
                         "prepare the data anew")
     return str(path)
@@ -581,7 +593,7 @@ def verify(data_dir):
         for path, tokens in open_shards(data_dir, split):
             entry = next(shard for shard in manifest["shards"] if shard["file"] == path.name)
             check_digest(path, entry["digest"])
-            if tokens.max() >= manifest["num_tokens"]:
+            if len(tokens) and tokens.max() >= manifest["num_tokens"]:
                 offset = int((tokens >= manifest["num_tokens"]).argmax())
                 raise UserError(f"{path} holds id {tokens[offset]} at {offset}, "
                                 f"the tokenizer ends at {manifest['num_tokens'] - 1}")
