@@ -124,7 +124,11 @@ def main(args):
         tokens, block_size = encode_prompt(prompt, tokenizer).size(1), model.config.block_size
         if tokens > block_size:
             print(f"the prompt has {tokens} tokens, the model reads the last {block_size}", file=sys.stderr)
-        print_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, generator, **settings)
+        try:
+            print_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, generator,
+                          **settings)
+        except ValueError as error:
+            raise UserError(f"{args.model_type}: {error}") from error
 
 
 if __name__ == "__main__":

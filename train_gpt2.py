@@ -535,8 +535,11 @@ def train(args, at_exit):
     def sample():
         raw_model.eval()
         generator = torch.Generator(device).manual_seed(args.seed + step)
-        with autocast:
-            print_samples(raw_model, tokenizer, args.sample_prompt, 4, 32, generator, top_k=50)
+        try:
+            with autocast:
+                print_samples(raw_model, tokenizer, args.sample_prompt, 4, 32, generator, top_k=50)
+        except ValueError as error:
+            sys.exit(f"\nerror: before step {step}: {error}. {NOT_FINITE}")
         raw_model.train()
 
     def save(path, optimizer=None):
