@@ -440,7 +440,13 @@ def train(args, at_exit):
         raw_model = load_init(args, tokenizer, num_tokens).to(device)
     else:
         torch.manual_seed(args.seed)
-        raw_model = GPT(config).to(device)
+        try:
+            raw_model = GPT(config)
+        except (RuntimeError, TypeError) as error:  # what torch raises for more bytes than there are
+            raise UserError(f"a model of --block_size {args.block_size} --vocab_size {args.vocab_size} "
+                            f"--n_layer {args.n_layer} --n_embd {args.n_embd} does not fit into this "
+                            f"machine's memory ({first_line(error)})") from error
+        raw_model.to(device)
     raw_model.train()
 
     if rank == 0:
