@@ -344,6 +344,8 @@ def train(args, at_exit):
 
     log_dir = Path(args.log_dir)
     log_file = log_dir / "log.txt"
+    if args.log_dir != args.log_dir.encode(errors="replace").decode():  # safetensors would not open it again
+        raise UserError(f"--log_dir {args.log_dir}: its name is not UTF-8")
     if rank == 0:
         at_exit.enter_context(locked(log_dir))
     args.resume = args.resume or restarted(log_dir / "run.json")
