@@ -288,7 +288,7 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token; top_k keeps the k likeliest; top_p keeps the likeliest that
         together reach that probability (https://arxiv.org/abs/1904.09751). generator: the torch.Generator to
         draw from. Once the context is full, it goes on from its last half. Raises ValueError for settings
-        that mean nothing.
+        that mean nothing, and for logits that are not finite.
         """
         check_sampling(idx, max_new_tokens, temperature, top_k, top_p)
         block_size = self.config.block_size
