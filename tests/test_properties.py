@@ -437,9 +437,9 @@ def test_the_fast_tokenizer_makes_the_ids_of_tiktoken(learned, batch):
     assert encode_fast(batch, learned, parallel=False).tolist() == encode(batch, learned).tolist()
 
 
-@cases(120)
+@cases(80)
 @given(st.lists(st.lists(TEXT, min_size=1, max_size=4), min_size=1, max_size=3), st.data(),
-       st.sampled_from([1, 2, 3, 7, 20, 50, 10**8]), st.none() | st.integers(1, 120),
+       st.sampled_from([3, 7, 20, 50, 10**8]), st.none() | st.integers(1, 120),
        st.integers(1, 40) | st.just(2**24), st.none() | st.integers(1, 6))
 def test_the_shards_are_the_ids_of_the_documents(learned, contents, data, shard_size, val_tokens, batch_chars,
                                                  stop_at):
@@ -578,7 +578,8 @@ SOUND = dict(
     vocab_size=st.sampled_from([512, 640]), dropout=st.floats(0, 0.9), max_lr=RATE, min_lr=RATE,
     weight_decay=RATE, grad_clip=RATE, warmup_steps=st.integers(0, 3), max_steps=st.integers(1, 2),
     val_every=EVERY, sample_every=EVERY, save_every=EVERY, hellaswag_every=EVERY, keep=st.integers(2, 3),
-    val_tokens=st.sampled_from([40, 500]), sample_prompt=ARGUMENT, bias=st.booleans(),
+    val_tokens=st.sampled_from([40, 500]), sample_prompt=ARGUMENT | st.just("\udcff"),
+    bias=st.booleans(),
 )
 HUGE = [10**30, 10**400]
 ODD = {name: [-1, 0, 1, 7, 33, "1.5", "", *HUGE] for name in SOUND} | dict(
