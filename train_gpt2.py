@@ -91,9 +91,10 @@ def parse_args(argv=None):
     at_least |= dict(max_lr=0, min_lr=0, weight_decay=0, grad_clip=0, seed=0, keep_every=0, skip_bad_steps=0)
     at_least |= dict(timeout=1)
     for flag, least in at_least.items():
-        if not least <= getattr(args, flag) < 2**63:  # beyond it no float and no tensor's size follows
-            parser.error(f"argument --{flag}: must be at least {least} and less than 2**63, "
-                         f"not {getattr(args, flag)}")
+        value = getattr(args, flag)
+        most = 2**63 if isinstance(value, int) else 1e100  # beyond them sizes and products overflow
+        if not least <= value < most:
+            parser.error(f"argument --{flag}: must be at least {least} and less than {most}, not {value}")
     if args.block_size is None:
         args.block_size = args.sequence_length
     if args.block_size < args.sequence_length:

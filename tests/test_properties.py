@@ -583,7 +583,7 @@ SOUND = dict(
 )
 HUGE = [10**30, 10**400]
 ODD = {name: [-1, 0, 1, 7, 33, "1.5", "", *HUGE] for name in SOUND} | dict(
-    {name: [1e18, 1e-50, 1e300, -0.1, "nan", "inf"]
+    {name: [1e18, 1e30, 1e-50, 1e300, -0.1, "nan", "inf"]
      for name in ("max_lr", "min_lr", "weight_decay", "grad_clip")},
     dropout=[1.0, 1e-50, -0.1, "nan"], dtype=["int4"], seed=[-1, 2**63], val_tokens=[7, 10**15, *HUGE],
     sample_prompt=["@none"], bias=[],
@@ -628,7 +628,7 @@ def check_run(shards, flags):
         args.data_dir == str(shards) and args.log_dir == "log" and args.dtype != "int4"
         and not any(isinstance(value, str) for value in [*rates, *sizes, *counts, args.dropout])
         and all(size > 0 for size in sizes)
-        and all(0 <= n < 2**63 for n in [*rates, *counts, args.val_tokens])
+        and all(0 <= n < 2**63 for n in [*counts, args.val_tokens]) and all(0 <= r < 1e100 for r in rates)
         and max(sizes[:-1]) < 10**6 and args.n_embd % args.n_head == 0 and args.vocab_size >= 512
         and args.sequence_length <= min(args.block_size, args.val_tokens) and 0 <= args.dropout < 1
         and args.total_batch_size % (args.micro_batch_size * args.sequence_length) == 0 and args.keep >= 2
