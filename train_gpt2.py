@@ -285,8 +285,8 @@ def advice(args):
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not LOST_RANK.search(str(error)):
             raise
-        sys.exit(f"error: rank {os.environ.get('RANK')} has lost another one, which has died or hung for --timeout "
-                 f"{args.timeout:g} seconds ({first_line(error)}); --resume goes on")
+        sys.exit(f"error: rank {os.environ.get('RANK')} has lost another one, which has died or hung for "
+                 f"--timeout {args.timeout:g} seconds ({first_line(error)}); --resume goes on")
 
 
 class StopRequested(Exception):

@@ -558,7 +558,7 @@ def test_any_manifest_opens_its_shards_or_is_refused_in_one_line(shards, interru
         answer(demo.prepare_demo, data_dir)
         before = {file.name: file.read_bytes() for file in data_dir.iterdir()}
         answer(fineweb_edu.prepare, interrupted[0], data_dir, *interrupted[2:])
-        assert not list(data_dir.glob(".*")) and before.keys() <= {file.name for file in data_dir.iterdir()}
+        assert not list(data_dir.glob(".*.tmp")) and before.keys() <= {file.name for file in data_dir.iterdir()}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fineweb_edu, "hub_files", lambda dataset, name: [str(interrupted[0][0])])
             flags = ["--data_dir", str(data_dir), "--dataset", "a/b", "--tokenizer", interrupted[3]]
@@ -669,7 +669,7 @@ def check_run(shards, flags):
         assert "finished." in printed and all(f"step {step:5d} | loss" in printed for step in steps)
         names = [f"ckpt_{step:06d}" for step in due(args.save_every, first=1)]
         names += ["best"] if any(log[step, "val"] < math.inf for step in due(args.val_every, first=1)) else []
-        assert written == {"log.txt", "run.json", *names}
+        assert written == {".lock", "log.txt", "run.json", *names}
         assert all(isinstance(checkpoint.load(log_dir / name)[0], GPT) for name in names)
         prompt = args.sample_prompt.encode("utf-8", "replace").decode()
         assert printed.count("-" * 40 + "\n" + prompt) >= 3 * len(due(args.sample_every))
