@@ -60,7 +60,7 @@ def retried(call, *args, **kwargs):
         except Exception as error:  # each library has its own kinds
             response = getattr(error, "response", error)
             status = getattr(response, "status_code", getattr(response, "code", None))
-            if status not in BUSY and not isinstance(error, ConnectionError):
+            if status not in BUSY and not isinstance(error, ConnectionResetError):
                 raise
             print(f"{first_line(error)}; once more in {pause} s", file=sys.stderr, flush=True)
             time.sleep(pause)

@@ -79,7 +79,7 @@ def fetch(url, file):
     with urllib.request.urlopen(url, timeout=60) as response:
         shutil.copyfileobj(response, file)
         if response.length:  # what copyfileobj does not notice
-            raise ConnectionError(f"{url} broke off {response.length} bytes before its end")
+            raise ConnectionResetError(f"{url} broke off {response.length} bytes before its end")
     file.flush()
 
 

@@ -12,7 +12,7 @@ REPOSITORY, REVISION = "HuggingFaceFW/fineweb-edu", "0123456789abcdef0123456789a
 def serve(files, faults=()):
     """Serve {path: bytes} as the repository; returns the server, which lists what it was asked in `asked`.
 
-    faults: what the first requests get instead: "503", "429", or, for a file, "half" of it.
+    faults: what the first requests get instead: "503", "429", "half" of a file, or no file ever more: "none".
     """
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -36,6 +36,8 @@ def serve(files, faults=()):
                 self.reply_json({"id": REPOSITORY, "sha": REVISION, "siblings": siblings, "private": False})
             elif path.startswith(file) and path.removeprefix(file).partition("/")[2] in files:
                 content = files[path.removeprefix(file).partition("/")[2]]
+                if fault == "none" and self.command == "GET":
+                    return self.reply(503, b"", {})
                 headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": REVISION}
                 self.reply(200, content, headers, torn=fault == "half" and self.command == "GET")
             else:

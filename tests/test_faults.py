@@ -81,24 +81,39 @@ def test_sigkill_at_twenty_moments_of_a_compiled_run(shards, tmp_path):
     print("killed behind the steps", steps)
 
 
+@pytest.fixture(scope="module")
+def whole_of_ranks(shards, tmp_path_factory):
+    """Uninterrupted runs under torchrun, by their number of ranks, as `whole` is that of one process."""
+    logs = {}
+
+    def whole(ranks):
+        if ranks not in logs:
+            log_dir = tmp_path_factory.mktemp("whole") / "log"
+            flags = flags_of(shards, log_dir, "--micro_batch_size", 8 // ranks)
+            run_script("torchrun", ranks, "train_gpt2.py", *flags)
+            logs[ranks] = log_dir, read_log(log_dir)
+        return logs[ranks]
+
+    return whole
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_sigkill_of_all_ranks(shards, tmp_path, ranks):
-    sizes = ["--micro_batch_size", 8 // ranks]
-    reference = tmp_path / "whole" / "log"
-    run_script("torchrun", ranks, "train_gpt2.py", *flags_of(shards, reference, *sizes))
-    command = ["torchrun", ranks, "train_gpt2.py", *flags_of(shards, tmp_path / "log", *sizes)]
-    process = start_script(*command)
+def test_sigkill_of_all_ranks(shards, whole_of_ranks, tmp_path, ranks):
+    flags = flags_of(shards, tmp_path / "log", "--micro_batch_size", 8 // ranks)
+    process = start_script("torchrun", ranks, "train_gpt2.py", *flags)
     wait_for_line(process, "step     6 |")
     kill_all(process)
-    run_script(*command, "--resume")
-    assert same_end(tmp_path / "log", (reference, read_log(reference)))
+    run_script("torchrun", ranks, "train_gpt2.py", *flags, "--resume")
+    assert same_end(tmp_path / "log", whole_of_ranks(ranks))
 
 
 def test_a_resume_on_other_ranks_and_micro_batches(shards, whole, tmp_path):
-    for name, command in {"micro": ["train_gpt2.py"], "ranks": ["torchrun", 2, "train_gpt2.py"]}.items():
+    for name in ("micro", "ranks"):
         shutil.copytree(whole[0], tmp_path / name, ignore=shutil.ignore_patterns("ckpt_000012"))
-        run_script(*command, *flags_of(shards, tmp_path / name, "--resume", "--micro_batch_size", 2))
-        assert close(read_log(tmp_path / name), whole[1])
+    assert close(train(shards, tmp_path / "micro", "--resume", "--micro_batch_size", 1), whole[1])
+    flags = flags_of(shards, tmp_path / "ranks", "--resume", "--micro_batch_size", 2)
+    run_script("torchrun", 2, "train_gpt2.py", *flags)
+    assert close(read_log(tmp_path / "ranks"), whole[1])
 
 
 # the renames of the run, in order: step 4: best, ckpt_4; step 8: old best aside, best, ckpt_8; step 12: old
@@ -156,17 +171,16 @@ def test_sigkill_of_one_rank(shards, tmp_path, rank):
     assert f"rank {1 - rank} has lost another one" in rest and "--resume goes on" in rest
 
 
-def test_sigkill_of_one_rank_under_torchruns_restarts(shards, whole, tmp_path):
-    for name, fault in {"whole": "", "killed": """
+def test_sigkill_of_one_rank_under_torchruns_restarts(shards, whole_of_ranks, tmp_path):
+    fault = """
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     at(script, "get_lr", 7, kill)
-"""}.items():
-        flags = flags_of(shards, tmp_path / name / "log")
-        process = start_script("torchrun", 2, "--max-restarts=1", "train_gpt2.py", *flags, fault=fault)
-        assert "finished" in process.communicate()[0] and process.returncode == 0
-    reference = tmp_path / "whole" / "log"
-    assert same_end(tmp_path / "killed" / "log", (reference, read_log(reference)))
-    assert len(json.loads((tmp_path / "killed" / "log" / "run.json").read_text())["starts"]) == 2
+"""
+    flags = flags_of(shards, tmp_path / "log")
+    process = start_script("torchrun", 2, "--max-restarts=1", "train_gpt2.py", *flags, fault=fault)
+    assert "finished" in process.communicate()[0] and process.returncode == 0
+    assert same_end(tmp_path / "log", whole_of_ranks(2))
+    assert len(json.loads((tmp_path / "log" / "run.json").read_text())["starts"]) == 2
     # a restart never goes on with what another torchrun has left
     process = start_script("torchrun", 2, "--max-restarts=1", "train_gpt2.py", *flags)
     assert process.communicate()[0].count("holds a run") == 2 and process.returncode == 1
@@ -287,6 +301,8 @@ GPT.features = poisoned
     assert [path.name for path in checkpoint.numbered(tmp_path / "log")] == ["ckpt_000005", "ckpt_000004"]
     assert all(p.isfinite().all() for p in checkpoint.load_model(tmp_path / "log").parameters())
 
+    if what == "gradient":  # from here on the two are one
+        return
     process = start_script("torchrun", 2, "train_gpt2.py", *flags, "--resume", "--skip_bad_steps", 1,
                            fault=poison)
     assert "left out: step 5" in process.communicate()[0] and process.returncode == 0
@@ -542,16 +558,17 @@ def test_a_hub_that_is_busy_and_breaks_off(tmp_path, texts, learned):
     assert server.faults == [] and "once more in 0.1 s" in process.stderr
     fineweb_edu.verify(tmp_path / "out")
     # one that never recovers is one line, and what was downloaded by half stands under no final name
-    server.faults[:] = ["503"] * 1000
+    server.faults[:] = ["none"]
     shutil.rmtree(tmp_path / "cache")
     process = run_script(*command[:-1], tmp_path / "new", check=False, env=env)
-    assert process.returncode == 2 and process.stderr.splitlines()[-1].startswith("error: "), process.stderr
-    assert "Traceback" not in process.stderr and not list((tmp_path / "cache").rglob("*.parquet"))
+    *retries, last = process.stderr.splitlines()
+    assert process.returncode == 2 and re.match(r"error: hf://.* can't be fetched", last), process.stderr
+    assert len(retries) == 5 and not list((tmp_path / "cache").rglob("*.parquet"))
     server.shutdown()
     server.server_close()
-    process = run_script(*command[:-1], tmp_path / "new", check=False, env=env)
+    process = run_script(*command[:-1], tmp_path / "other", check=False, env=env)
     assert process.returncode == 2 and "Without network, --input" in process.stderr.splitlines()[-1]
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "other").exists()
 
 
 GOOD = json.dumps({"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 1})
@@ -649,11 +666,10 @@ def test_a_malicious_pickle(shards, tmp_path):
     for name in ("ckpt.pt", "log", "hf", *(tmp_path / "log").iterdir()):
         with pytest.raises(UserError):
             checkpoint.load_model(tmp_path / name)
-    for script in ("sample.py", "hellaswag.py"):
-        data = ["--data", tmp_path / "data.jsonl"] if script == "hellaswag.py" else ["-p", "x"]
-        (tmp_path / "data.jsonl").write_text(GOOD + "\n")
-        for name, words in {"ckpt.pt": "not a checkpoint", "hf": "code of a stranger's"}.items():
-            assert refused(run_script(script, "-m", tmp_path / name, *data, check=False), name, words)
+    (tmp_path / "data.jsonl").write_text(GOOD + "\n")
+    command = ["hellaswag.py", "--data", tmp_path / "data.jsonl", "-m", tmp_path / "ckpt.pt"]
+    assert refused(run_script(*command, check=False), "ckpt.pt", "not a checkpoint")
+    assert refused(run_script("sample.py", "-m", tmp_path / "hf", check=False), "hf", "code of a stranger's")
     with pytest.raises(UserError, match="no checkpoint .* is valid"):
         train(shards, tmp_path / "log", "--resume")
     for path in shards.iterdir():
@@ -666,7 +682,7 @@ def test_a_malicious_pickle(shards, tmp_path):
 
 
 def test_no_unsafe_load_in_the_sources():
-    unsafe = re.compile(r"torch\.load\b|weights_only=False|\bpickle\.|import pickle|allow_pickle=True|"
+    unsafe = re.compile(r"torch\.load\b|weights_only=False|\bpickle\.\w|import pickle|allow_pickle=True|"
                         r"trust_remote_code|\byaml\b|\b(?<!\.)eval\(|\bexec\(|shell=True|os\.system")
     for path in ROOT.glob("*.py"):
         found = [line for line in path.read_text().splitlines() if unsafe.search(line)]
