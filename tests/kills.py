@@ -1,0 +1,66 @@
+"""The demo on two ranks, killed at random moments: `python tests/kills.py --kills 100`.
+
+A run is killed and resumed until it ends, then the next one begins. Each must end in the bits of a run that
+nobody killed: log, weights, optimizer. It takes about 40 minutes on two cores and prints a line for each kill.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from conftest import ranks_of, read_log, run_script, start_script, weights
+
+parser = argparse.ArgumentParser(description="Kill the two-rank demo and prove that it ends as if nobody had.")
+parser.add_argument("--kills", type=int, default=100)
+parser.add_argument("--seed", type=int, default=1337)
+args = parser.parse_args()
+moments = random.Random(args.seed)
+folder = Path(tempfile.mkdtemp())
+
+
+def command(name, *flags):
+    log_dir, data = folder / name, folder / "data"
+    return ["torchrun", 2, "train_gpt2.py", "@configs/demo.txt", "--data_dir", data, "--log_dir", log_dir,
+            "--micro_batch_size", 4, "--save_every", 20, "--val_every", 100, *flags]
+
+
+def end_of(name):
+    return read_log(folder / name), weights(folder / name, "ckpt_002000"), weights(folder / name, "best")
+
+
+run_script(*command("whole"), timeout=3600)
+print("a run that nobody killed has ended", flush=True)
+kills = runs = 0
+while kills < args.kills:
+    runs += 1
+    ended = False
+    while not ended:
+        process = start_script(*command("killed", "--resume"))
+        lines = []
+        reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+        reader.start()
+        moment, victim = moments.uniform(1, 25), moments.choice(["all", 0, 1])
+        started = time.monotonic()
+        while process.poll() is None and time.monotonic() - started < moment:
+            time.sleep(0.01)
+        ranks = ranks_of(process) if process.poll() is None else []
+        if len(ranks) == 2 and kills < args.kills:
+            for pid in [process.pid, *ranks] if victim == "all" else [ranks[victim]]:
+                os.kill(pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        reader.join()
+        ended = process.returncode == 0
+        steps = [line.split()[1] for line in lines if line.startswith("step ") and "|" in line]
+        print(f"kill {kills}: {victim} after {moment:.1f} s, steps {steps[0]} to {steps[-1]}" if steps else
+              f"kill {kills}: {victim} after {moment:.1f} s, before the first step", flush=True)
+    assert end_of("killed") == end_of("whole"), f"run {runs} has ended otherwise: {folder}"
+    print(f"run {runs} has ended in the same bits, {kills} kills so far", flush=True)
+    shutil.rmtree(folder / "killed")
+shutil.rmtree(folder)
