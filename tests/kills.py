@@ -1,7 +1,7 @@
 """The demo on two ranks, killed at random moments: `python tests/kills.py --kills 100`.
 
 A run is killed and resumed until it ends, then the next one begins. Each must end in the bits of a run that
-nobody killed: log, weights, optimizer. It takes about 40 minutes on two cores and prints a line for each kill.
+nobody killed: log, weights, optimizer. Every kill prints a line.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from conftest import ranks_of, read_log, run_script, start_script, weights
 
-parser = argparse.ArgumentParser(description="Kill the two-rank demo and prove that it ends as if nobody had.")
+parser = argparse.ArgumentParser(description="Kill the two-rank demo, and prove its end the same.")
 parser.add_argument("--kills", type=int, default=100)
 parser.add_argument("--seed", type=int, default=1337)
 args = parser.parse_args()
@@ -43,7 +43,7 @@ while kills < args.kills:
     while not ended:
         process = start_script(*command("killed", "--resume"))
         lines = []
-        reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+        reader = threading.Thread(target=lines.extend, args=[process.stdout], daemon=True)
         reader.start()
         moment, victim = moments.uniform(1, 25), moments.choice(["all", 0, 1])
         started = time.monotonic()

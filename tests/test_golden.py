@@ -1,0 +1,17 @@
+"""The losses of one small run, held for ever: a change that moves them says so in LOG.md."""
+
+import pytest
+from compare import train, write_tokens
+from conftest import ROOT
+
+LOSSES = [
+    4.164567, 4.099739, 4.066081, 4.005558, 3.967658, 3.816101, 3.816634,
+    3.606425, 3.609496, 3.607257, 3.490832, 3.432545, 3.295777, 3.233789,
+    3.344836, 3.105901, 3.136670, 3.107419, 3.145302, 3.148543,
+]
+
+
+def test_twenty_losses(tmp_path):
+    write_tokens(tmp_path)
+    figures, _ = train(ROOT, tmp_path, tmp_path / "log")
+    assert [float(figures[f"{step} train"]) for step in range(20)] == pytest.approx(LOSSES, abs=1e-4)
