@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 FLAGS = ("--n_layer 2 --n_head 2 --n_embd 32 --vocab_size 64 --sequence_length 32 --micro_batch_size 4 "
-         "--total_batch_size 256 --max_steps 20 --warmup_steps 5 --max_lr 1e-2 --val_every 10 --save_every 20 "
-         "--val_tokens 1000 --hellaswag_every 0 --sample_every 0 --device cpu --no-compile").split()
+         "--total_batch_size 256 --max_steps 20 --warmup_steps 5 --max_lr 1e-2 --val_every 10 --save_every "
+         "20 --val_tokens 1000 --hellaswag_every 0 --sample_every 0 --device cpu --no-compile").split()
 
 
 def write_tokens(folder):

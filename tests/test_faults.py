@@ -50,14 +50,23 @@ from train_gpt2 import DataLoaderLite
 # killed, stopped, hung
 
 
+LONG = ["--max_steps", 100, "--warmup_steps", 10]
+
+
+@pytest.fixture(scope="module")
+def long_whole(shards, tmp_path_factory):
+    log_dir = tmp_path_factory.mktemp("whole") / "log"
+    return log_dir, train(shards, log_dir, *LONG)
+
+
 @pytest.mark.parametrize("moment", range(5))
-def test_sigkill_at_a_random_moment(shards, whole, tmp_path, moment):
-    process = start_script("train_gpt2.py", *flags_of(shards, tmp_path / "log"))
+def test_sigkill_at_a_random_moment(shards, long_whole, tmp_path, moment):
+    process = start_script("train_gpt2.py", *flags_of(shards, tmp_path / "log", *LONG))
     wait_for_line(process, "tokens a step")
-    time.sleep(random.Random(moment).uniform(0, 0.3))
+    time.sleep(random.Random(moment).uniform(0, 0.8))
     assert "finished" not in kill_all(process)
-    train(shards, tmp_path / "log", "--resume")
-    assert same_end(tmp_path / "log", whole)
+    train(shards, tmp_path / "log", *LONG, "--resume")
+    assert same_end(tmp_path / "log", long_whole)
     assert len(json.loads((tmp_path / "log" / "run.json").read_text())["starts"]) == 2
 
 
