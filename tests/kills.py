@@ -47,10 +47,10 @@ while kills < args.kills:
         reader.start()
         moment, victim = moments.uniform(1, 25), moments.choice(["all", 0, 1])
         started = time.monotonic()
-        while process.poll() is None and time.monotonic() - started < moment:
+        while process.poll() is None and (time.monotonic() - started < moment or len(ranks_of(process)) < 2):
             time.sleep(0.01)
-        ranks = ranks_of(process) if process.poll() is None else []
-        if len(ranks) == 2 and kills < args.kills:
+        if process.poll() is None and kills < args.kills:
+            ranks = ranks_of(process)
             for pid in [process.pid, *ranks] if victim == "all" else [ranks[victim]]:
                 os.kill(pid, signal.SIGKILL)
             kills += 1
