@@ -92,7 +92,8 @@ def parse_args(argv=None):
     at_least |= dict(timeout=1)
     for flag, least in at_least.items():
         value = getattr(args, flag)
-        most = 2**63 if isinstance(value, int) else 1e100  # beyond them sizes and products overflow
+        # beyond these sizes, products and durations overflow
+        most = 2**63 if isinstance(value, int) else 1e8 if flag == "timeout" else 1e100
         if not least <= value < most:
             parser.error(f"argument --{flag}: must be at least {least} and less than {most}, not {value}")
     if args.block_size is None:

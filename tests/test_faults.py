@@ -196,14 +196,14 @@ if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 
 
 def test_a_rank_that_hangs(shards, tmp_path):
-    flags = flags_of(shards, tmp_path / "log", "--max_steps", 100_000, "--val_every", 0, "--timeout", 3)
+    flags = flags_of(shards, tmp_path / "log", "--max_steps", 100_000, "--val_every", 0, "--timeout", 8)
     process = start_script("torchrun", 2, "train_gpt2.py", *flags)
     wait_for_line(process, "step     5 |")
     os.kill(ranks_of(process)[1], signal.SIGSTOP)
     started = time.monotonic()
     line = wait_for_line(process, "error:")
-    assert "rank 0 has lost another one" in line and "--timeout 3 seconds" in line
-    assert time.monotonic() - started < 20
+    assert "rank 0 has lost another one" in line and "--timeout 8 seconds" in line
+    assert time.monotonic() - started < 30
     kill_all(process)  # torchrun itself waits 30 seconds for a process that does not listen
 
 

@@ -578,6 +578,7 @@ SOUND = dict(
     vocab_size=st.sampled_from([512, 640]), dropout=st.floats(0, 0.9), max_lr=RATE, min_lr=RATE,
     weight_decay=RATE, grad_clip=RATE, warmup_steps=st.integers(0, 3), max_steps=st.integers(1, 2),
     val_every=EVERY, sample_every=EVERY, save_every=EVERY, hellaswag_every=EVERY, keep=st.integers(2, 3),
+    keep_every=EVERY, skip_bad_steps=EVERY, timeout=st.sampled_from([1, 2.5, 1e6]),
     val_tokens=st.sampled_from([40, 500]), sample_prompt=ARGUMENT | st.just("\udcff"),
     bias=st.booleans(),
 )
@@ -586,7 +587,7 @@ ODD = {name: [-1, 0, 1, 7, 33, "1.5", "", *HUGE] for name in SOUND} | dict(
     {name: [1e18, 1e30, 1e-50, 1e300, -0.1, "nan", "inf"]
      for name in ("max_lr", "min_lr", "weight_decay", "grad_clip")},
     dropout=[1.0, 1e-50, -0.1, "nan"], dtype=["int4"], seed=[-1, 2**63], val_tokens=[7, 10**15, *HUGE],
-    sample_prompt=["@none"], bias=[],
+    sample_prompt=["@none"], bias=[], timeout=[0, 0.5, -1, 1e8, 1e9, 1e30, "nan", "inf", *HUGE],
     max_steps=[-1, 0, *HUGE], n_layer=[-1, 0, 3],  # many layers, and so many steps, would only take long
     **{name: [-1, 0, 1, 7, 33, 10**15, *HUGE] for name in ("vocab_size", "block_size", "n_embd")},
 )
@@ -615,18 +616,19 @@ def check_run(shards, flags):
         seed=1, dtype="float32", total_batch_size=256, micro_batch_size=4, sequence_length=32, block_size=32,
         n_layer=1, n_head=2, n_embd=32, vocab_size=512, dropout=0.0, max_lr=3e-3, min_lr=6e-5,
         weight_decay=0.1, grad_clip=1.0, warmup_steps=1, max_steps=1, val_every=0, sample_every=0,
-        save_every=0, hellaswag_every=0, keep=2, val_tokens=500, sample_prompt="The", bias=True,
-        data_dir=str(shards), log_dir="log",
+        save_every=0, hellaswag_every=0, keep=2, keep_every=0, skip_bad_steps=0, timeout=600, val_tokens=500,
+        sample_prompt="The", bias=True, data_dir=str(shards), log_dir="log",
     ) | flags
     args = Namespace(**values)
     rates = [args.max_lr, args.min_lr, args.weight_decay, args.grad_clip]
     sizes = [args.n_layer, args.n_head, args.n_embd, args.vocab_size, args.block_size, args.sequence_length,
              args.micro_batch_size, args.total_batch_size, args.max_steps, args.val_tokens]
     counts = [args.seed, args.warmup_steps, args.val_every, args.sample_every, args.save_every,
-              args.hellaswag_every, args.keep]
+              args.hellaswag_every, args.keep, args.keep_every, args.skip_bad_steps]
     meant = (
         args.data_dir == str(shards) and args.log_dir == "log" and args.dtype != "int4"
-        and not any(isinstance(value, str) for value in [*rates, *sizes, *counts, args.dropout])
+        and not any(isinstance(value, str) for value in [*rates, *sizes, *counts, args.dropout, args.timeout])
+        and 1 <= args.timeout < 1e8
         and all(size > 0 for size in sizes)
         and all(0 <= n < 2**63 for n in [*counts, args.val_tokens]) and all(0 <= r < 1e100 for r in rates)
         and max(sizes[:-1]) < 10**6 and args.n_embd % args.n_head == 0 and args.vocab_size >= 512
@@ -667,9 +669,11 @@ def check_run(shards, flags):
         assert abs(log[0, "train"] - math.log(args.vocab_size)) < 1
         assert all(log[step, "lr"] == pytest.approx(get_lr(step, args), abs=1e-9, rel=1e-9) for step in steps)
         assert "finished." in printed and all(f"step {step:5d} | loss" in printed for step in steps)
-        names = [f"ckpt_{step:06d}" for step in due(args.save_every, first=1)]
-        names += ["best"] if any(log[step, "val"] < math.inf for step in due(args.val_every, first=1)) else []
-        assert written == {".lock", "log.txt", "run.json", *names}
+        names = {f"ckpt_{step:06d}" for every in (args.save_every, args.keep_every)
+                 for step in due(every, first=1)}
+        if any(log[step, "val"] < math.inf for step in due(args.val_every, first=1)):
+            names.add("best")
+        assert written == {".lock", "log.txt", "run.json"} | names
         assert all(isinstance(checkpoint.load(log_dir / name)[0], GPT) for name in names)
         prompt = args.sample_prompt.encode("utf-8", "replace").decode()
         assert printed.count("-" * 40 + "\n" + prompt) >= 3 * len(due(args.sample_every))
