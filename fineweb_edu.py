@@ -569,15 +569,17 @@ def check_digest(path, expected):
 
 def prove(data_dir):
     """Check the digests of those shards that were not proved since they last changed. Raises UserError."""
-    proof, proved, now = Path(data_dir) / PROVED, {}, {}
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    manifest, proof, proved, now = read_manifest(data_dir), Path(data_dir) / PROVED, {}, {}
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         proved = dict(json.loads(proof.read_text(encoding="utf-8")))
-    for shard in (read_manifest(data_dir) or {"shards": []})["shards"]:
-        path = Path(data_dir) / shard["file"]
-        now[path.name] = [shard["digest"], path.stat().st_size, path.stat().st_mtime_ns]
-        if proved.get(path.name) != now[path.name]:
-            check_digest(path, shard["digest"])
-    if now != proved:
+    for shard in manifest["shards"] if manifest else []:
+        stat = (Path(data_dir) / shard["file"]).stat()
+        now[shard["file"]] = [shard["digest"], stat.st_size, stat.st_mtime_ns]
+    changed = [name for name in now if now[name] != proved.get(name)]
+    if changed:
+        print(f"{data_dir}: reading {len(changed)} shards whole, once, to prove their digests", flush=True)
+        for name in changed:
+            check_digest(Path(data_dir) / name, now[name][0])
         with contextlib.suppress(OSError), atomic_write(proof) as file:  # read-only: proved each time
             json.dump(now, file)
 
