@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def save(path, step, model, tokenizer="gpt2", optimizer=None, **meta):
     path = Path(path)
     temporary, replaced = beside(path), beside(path.with_name(path.name + ".old"))
     for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+        discard(leftover)
     try:
         temporary.mkdir(parents=True)
         save_file(contiguous(model.state_to_save()), temporary / "model.safetensors")
@@ -94,11 +95,20 @@ def save(path, step, model, tokenizer="gpt2", optimizer=None, **meta):
             os.rename(path, replaced)
         os.rename(temporary, path)
         sync_directory(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        discard(replaced)
     except SafetensorError as error:
         raise OSError(f"{path} can't be written ({error})") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
+
+
+def discard(path):
+    """Remove a directory, if it is there, or at least its name: half a checkpoint never stands under it."""
+    garbage = path.with_name(f".{time.time_ns()}.tmp")
+    if path.exists():
+        with contextlib.suppress(OSError):
+            os.rename(path, garbage)
+        shutil.rmtree(garbage, ignore_errors=True)
 
 
 def contiguous(tensors):
@@ -129,20 +139,19 @@ def read_meta(path, digests=True):
                 or not all({"bytes", "digest"} <= entry.keys() for entry in meta["files"].values())
                 or number and int(number[1]) != meta["step"]):
             raise DamagedCheckpoint(f"{path}/meta.json does not describe this checkpoint")
+        for name, expected in meta["files"].items():
+            file = path / name
+            if not file.is_file():
+                raise DamagedCheckpoint(f"{file} is missing")
+            if file.stat().st_size != expected["bytes"]:
+                raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, "
+                                        f"{expected['bytes']} were written")
+            if digests and digest(file) != expected["digest"]:
+                raise DamagedCheckpoint(f"{file} is damaged: its digest is not the one in meta.json")
+    except DamagedCheckpoint:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, DamagedCheckpoint):
-            raise
-        raise DamagedCheckpoint(f"{path} is not a whole checkpoint: "
-                                f"meta.json can't be read ({error!r})") from error
-    for name, expected in meta["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise DamagedCheckpoint(f"{file} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, "
-                                    f"{expected['bytes']} were written")
-        if digests and digest(file) != expected["digest"]:
-            raise DamagedCheckpoint(f"{file} is damaged: its digest is not the one in meta.json")
+        raise DamagedCheckpoint(f"{path} is not a whole checkpoint: it can't be read ({error!r})") from error
     return meta
 
 
@@ -151,6 +160,8 @@ def load(path, device="cpu"):
     meta = read_meta(path)
     try:
         state = load_file(Path(path) / "model.safetensors", device=device)
+        if any(tensor.dtype != torch.float32 for tensor in state.values()):
+            raise ValueError("they are not all float32")
         return GPT.from_state(GPTConfig(**meta["config"]), state), meta
     except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -158,9 +169,22 @@ def load(path, device="cpu"):
 
 
 def load_optimizer(path, optimizer):
-    """Put a checkpoint's optimizer tensors back; the settings (learning rate, decay) stay the run's own."""
+    """Put a checkpoint's optimizer tensors back; the settings (learning rate, decay) stay the run's own.
+
+    Raises DamagedCheckpoint: AdamW's kernel does not look whether a tensor is as long as its parameter.
+    """
+    try:
+        tensors = load_file(Path(path) / "optimizer.safetensors")
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"{path}: the optimizer's tensors can't be read ({error})") from error
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    fitting = {f"{i}.{key}": (shape, torch.float32) for i, p in enumerate(params)
+               for key, shape in (("step", torch.Size()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape))}
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    if found and found != fitting:  # none: of a run that has made no step
+        raise DamagedCheckpoint(f"{path}: the optimizer's tensors do not fit the model")
     state = {}
-    for name, tensor in load_file(Path(path) / "optimizer.safetensors").items():
+    for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -197,9 +221,7 @@ def prune(log_dir, keep, step, keep_every=0):
     steps = {path: int(NAME.match(path.name)[1]) for path in numbered(log_dir)}
     for path in [path for path in steps if steps[path] <= step][keep:]:
         if not keep_every or steps[path] % keep_every:
-            with contextlib.suppress(OSError):  # renamed first: half a checkpoint never stands under its name
-                os.rename(path, beside(path))
-            shutil.rmtree(beside(path), ignore_errors=True)
+            discard(path)
 
 
 def clean(log_dir):

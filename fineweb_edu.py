@@ -578,10 +578,11 @@ def prove(data_dir):
     changed = [name for name in now if now[name] != proved.get(name)]
     if changed:
         print(f"{data_dir}: reading {len(changed)} shards whole, once, to prove their digests", flush=True)
-        for name in changed:
-            check_digest(Path(data_dir) / name, now[name][0])
+    for name in changed:
+        check_digest(Path(data_dir) / name, now[name][0])
+        proved[name] = now[name]
         with contextlib.suppress(OSError), atomic_write(proof) as file:  # read-only: proved each time
-            json.dump(now, file)
+            json.dump(proved, file)
 
 
 def verify(data_dir):

@@ -451,11 +451,11 @@ def check_sampling(idx, max_new_tokens, temperature, top_k, top_p):
 
 def next_token(logits, temperature, top_k, top_p, generator):
     """Draw one id from each row of logits (B, V): (B, 1)."""
-    if temperature < 1e-6:  # the division below would overflow
-        return logits.argmax(dim=-1, keepdim=True)
     largest = logits.amax(dim=-1, keepdim=True)  # (B, 1)
     if not largest.isfinite().all():
         raise ValueError("the model's logits are not finite: its training has diverged")
+    if temperature < 1e-6:  # the division below would overflow
+        return logits.argmax(dim=-1, keepdim=True)
     logits = (logits - largest) / temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)

@@ -350,7 +350,7 @@ def train(args, at_exit):
         raise UserError(f"--log_dir {args.log_dir}: its name is not UTF-8")
     if rank == 0:
         at_exit.enter_context(locked(log_dir))
-    args.resume = args.resume or restarted(log_dir / "run.json")
+    args.resume = bool(largest(args.resume or rank == 0 and restarted(log_dir / "run.json")))
     if not args.resume and (checkpoint.numbered(log_dir) or log_file.exists() and log_file.stat().st_size):
         raise UserError(f"--log_dir {log_dir} holds a run: --resume goes on with it, another one starts anew")
     shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "dropout", "bias")}
@@ -549,13 +549,13 @@ def train(args, at_exit):
             with autocast:
                 print_samples(raw_model, tokenizer, args.sample_prompt, 4, 32, generator, top_k=50)
         except ValueError as error:
-            sys.exit(f"\nerror: before step {step}: {error}. {NOT_FINITE}")
+            raise UserError(f"before step {step}: {error}. {NOT_FINITE}") from error
         raw_model.train()
 
     def save(path, optimizer=None):
         """Write a checkpoint of this step, on rank 0; the others wait until it stands."""
         if not all(p.isfinite().all() for p in raw_model.parameters()):
-            sys.exit(f"error: before step {step} the weights are not finite; nothing was saved. {NOT_FINITE}")
+            raise UserError(f"before step {step} the weights are not finite; nothing was saved. {NOT_FINITE}")
         if rank == 0:
             if log_file.exists():  # what led to a checkpoint is on the disk before it is
                 with open(log_file, "rb") as file:
@@ -625,7 +625,7 @@ def train(args, at_exit):
                 say(f"step {step}: HellaSwag acc_norm {accuracy:.4f} on {len(examples)} examples")
             if tokenizer and due(args.sample_every) and rank == 0:
                 sample()
-            # a stop may have saved the step that a run resumes at, but before it was evaluated
+            # the checkpoint it resumes from stands, unless a stop had saved it before it was evaluated
             saved = step == start_step and val_loss == meta.get("val_loss")
             if (due(args.save_every) or due(args.keep_every)) and step > 0 and not saved:
                 save(log_dir / f"ckpt_{step:06d}", optimizer)
@@ -659,8 +659,10 @@ def train(args, at_exit):
                 found = everyone(blame())
                 words = f"step {step} has loss {train_loss} and gradient norm {norm}; " + (
                     "; ".join(found) or "computed again one by one, each of its sequences is finite")
+                if skipped > args.skip_bad_steps and found:  # it would come again: a person has to decide
+                    raise UserError(f"{words}. {NOT_FINITE}")
                 if skipped > args.skip_bad_steps:
-                    sys.exit(f"error: {words}. {NOT_FINITE}")
+                    sys.exit(f"error: {words}: a fault of the machine? --resume goes on")
                 log(skipped=skipped)
                 say(f"left out: {words}")
             lr = get_lr(step, args)
@@ -676,8 +678,8 @@ def train(args, at_exit):
             dt = time.perf_counter() - started
             tokens_per_second = args.total_batch_size / dt
             log(train=train_loss, norm=norm, lr=lr, **{"tok/s": tokens_per_second})
-            first = dt_mean is None or step == start_step + 1  # the very first is slow
-            dt_mean = dt if first else 0.9 * dt_mean + 0.1 * dt
+            warm = dt_mean is not None and step > start_step + 1  # the very first is slow
+            dt_mean = 0.9 * dt_mean + 0.1 * dt if warm else dt
             mfu = raw_model.estimate_mfu(tokens_per_second / world_size, T, device_name)
             mfu = "n/a" if mfu is None or dtype == "float32" else f"{mfu:.1%}"
             eta = duration(dt_mean * (args.max_steps - step - 1))
@@ -703,7 +705,12 @@ def restarted(path):
     """Whether torchrun has started this run before, as run.json tells, and does so again after a failure."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.exists():
         return False
-    return read_record(path).get("torchrun") == os.environ["TORCHELASTIC_RUN_ID"]
+    return read_record(path).get("torchrun") == torchrun()
+
+
+def torchrun():
+    """What tells this torchrun from others: its run id, which may be given by hand, and its process."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") and f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}"
 
 
 def load_hellaswag(args, rank, world_size, say):
@@ -764,7 +771,7 @@ def record_start(path, args, **facts):
         commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), flags=vars(args), **facts, git_commit=commit,
                   torch=torch.__version__, python=platform.python_version(),
-                  torchrun=os.environ.get("TORCHELASTIC_RUN_ID"))
+                  torchrun=torchrun())
     starts = read_record(path)["starts"] if path.exists() else []
     with atomic_write(path) as file:
         json.dump({**record, "starts": [*starts, record]}, file, indent=1)
