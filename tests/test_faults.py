@@ -75,22 +75,30 @@ def test_sigkill_at_a_random_moment(shards, long_whole, tmp_path, moment):
 
 @pytest.mark.slow
 def test_sigkill_at_twenty_moments_of_a_compiled_run(shards, tmp_path):
-    """In the imports, while compiling, in a step, an evaluation, a save: one run each, then resumed."""
-    command = ["train_gpt2.py", *flags_of(shards, tmp_path / "whole", "--compile", "--max_steps", 60)]
-    started = time.perf_counter()
-    run_script(*command)
-    duration, steps = time.perf_counter() - started, []
-    for moment in range(20):
-        command[command.index("--log_dir") + 1] = log_dir = tmp_path / str(moment)
-        process = start_script(*command)
-        time.sleep(duration * moment / 20)
-        kill_all(process)
-        steps.append(max(read_log(log_dir))[0] if (log_dir / "log.txt").exists() else -1)
-        run_script(*command, "--resume")
-        assert read_log(log_dir) == read_log(tmp_path / "whole")
-        for name in ("ckpt_000060", "best"):
-            assert weights(log_dir, name) == weights(tmp_path / "whole", name)
-    print("killed behind the steps", steps)
+    """While compiling, in a step, an evaluation, a save, a prune: one run each, killed and then resumed."""
+    moments = ["import threading; at(script, 'compile_model', 1, threading.Timer(%s, kill).start)" % seconds
+               for seconds in (0.5, 2, 4)]
+    draw = random.Random(1337)
+    for function, calls, count in (
+        ("script, 'get_lr'", 60, 4),  # in each step
+        ("script.DataLoaderLite, 'batch'", 200, 4),  # in each micro-batch, of training and of validation
+        ("os, 'fsync'", 80, 4), ("os, 'rename'", 30, 2),  # in saves
+        ("script.checkpoint, 'prune'", 12, 1), ("script.checkpoint, 'discard'", 40, 2),
+    ):
+        moments += [f"at({function}, {draw.randint(1, calls)}, kill)" for _ in range(count)]
+    flags = ["--compile", "--max_steps", 60]
+    run_script("train_gpt2.py", *flags_of(shards, tmp_path / "whole", *flags))
+    whole = tmp_path / "whole", read_log(tmp_path / "whole")
+    assert len(moments) == 20
+    for number, fault in enumerate(moments):
+        log_dir = tmp_path / str(number)
+        process = start_script("train_gpt2.py", *flags_of(shards, log_dir, *flags), fault=fault)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, fault
+        step = max(read_log(log_dir))[0] if (log_dir / "log.txt").exists() else "start"
+        run_script("train_gpt2.py", *flags_of(shards, log_dir, *flags, "--resume"))
+        assert same_end(log_dir, whole)
+        print(f"{fault}: behind step {step}, then the same bits", flush=True)
 
 
 @pytest.fixture(scope="module")
