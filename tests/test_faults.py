@@ -37,7 +37,6 @@ from conftest import (
     start_script,
     train,
     wait_for_line,
-    weights,
 )
 from safetensors.torch import load_file, save_file
 
@@ -76,7 +75,7 @@ def test_sigkill_at_a_random_moment(shards, long_whole, tmp_path, moment):
 @pytest.mark.slow
 def test_sigkill_at_twenty_moments_of_a_compiled_run(shards, tmp_path):
     """While compiling, in a step, an evaluation, a save, a prune: one run each, killed and then resumed."""
-    moments = ["import threading; at(script, 'compile_model', 1, threading.Timer(%s, kill).start)" % seconds
+    moments = [f"import threading; at(script, 'compile_model', 1, threading.Timer({seconds}, kill).start)"
                for seconds in (0.5, 2, 4)]
     draw = random.Random(1337)
     for function, calls, count in (
