@@ -209,11 +209,17 @@ if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     assert process.communicate()[0].count("holds a run") == 2 and process.returncode == 1
 
 
-def test_a_rank_that_hangs(shards, tmp_path):
+@pytest.mark.parametrize("waiting_for", ["a stop", "gradients"])
+def test_a_rank_that_hangs(shards, tmp_path, waiting_for):
+    function = "torch.distributed, 'all_reduce'" if waiting_for == "a stop" else "script.GPT, 'features'"
+    fault = f"""
+import torch
+if os.environ["RANK"] == "1":
+    at({function}, 20, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+"""
     flags = flags_of(shards, tmp_path / "log", "--max_steps", 100_000, "--val_every", 0, "--timeout", 8)
-    process = start_script("torchrun", 2, "train_gpt2.py", *flags)
+    process = start_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault)
     wait_for_line(process, "step     5 |")
-    os.kill(ranks_of(process)[1], signal.SIGSTOP)
     started = time.monotonic()
     line = wait_for_line(process, "error:")
     assert "rank 0 has lost another one" in line and "--timeout 8 seconds" in line
