@@ -478,8 +478,10 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
             while in_flight:
                 collect()
         except BrokenProcessPool:
-            sys.exit("error: a worker was killed, by the system when memory runs out; the same command, "
-                     "perhaps with a smaller --num_proc, goes on behind the last shard")
+            print("error: a worker was killed, by the system when memory runs out; the same command, perhaps "
+                  "with a smaller --num_proc, goes on behind the last shard", file=sys.stderr, flush=True)
+            # the pool would be waited for, by early 3.11 for ever: github.com/python/cpython/issues/94777
+            os._exit(1)
         except BaseException:
             for pool in filter(None, (threads, processes)):
                 pool.shutdown(cancel_futures=True)
