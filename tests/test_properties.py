@@ -643,7 +643,7 @@ def check_run(shards, flags):
         argv += ["--bias" if args.bias else "--no-bias", "--no-compile"]
         status, printed = run_script(train_gpt2, argv)
         log_dir = values["log_dir"]
-        if status == 2 and not log_dir.is_dir():
+        if status == 2 and not os.path.isdir(log_dir):  # Path.is_dir raises where a name is too long
             assert not meant and [child.name for child in path.iterdir()] == ["hellaswag.jsonl"]
             return
         assert meant
