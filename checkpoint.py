@@ -44,7 +44,7 @@ import torch  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from files import UserError, beside, digest, first_line, naming, run, sync_directory  # noqa: E402
+from files import UserError, beside, digest, first_line, naming, run, sync  # noqa: E402
 from model import GPT, GPT2_SIZES, GPTConfig  # noqa: E402
 from tokenizer import get_tokenizer  # noqa: E402
 
@@ -87,14 +87,12 @@ def save(path, step, model, tokenizer="gpt2", optimizer=None, **meta):
         text = json.dumps({**body, "self": text_digest(body)}, indent=1)
         with naming(path):
             (temporary / "meta.json").write_text(text, encoding="utf-8")
-        for file in temporary.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        sync_directory(temporary)
+        for written in (*temporary.iterdir(), temporary):
+            sync(written)
         if path.exists():  # a damaged one, or the last best: no directory can be renamed over it
             os.rename(path, replaced)
         os.rename(temporary, path)
-        sync_directory(path.parent)
+        sync(path.parent)
         discard(replaced)
     except SafetensorError as error:
         raise OSError(f"{path} can't be written ({error})") from error

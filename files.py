@@ -88,7 +88,7 @@ def atomic_write(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_directory(path.parent)
+        sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -122,8 +122,8 @@ def locked(directory):
         lock.release()
 
 
-def sync_directory(path):
-    """Wait until the names in a directory are on the disk, where the system can say so."""
+def sync(path):
+    """Wait until a file, or the names in a directory, are on the disk, where the system can say so."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:

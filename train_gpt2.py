@@ -131,7 +131,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 import checkpoint  # noqa: E402
 import fineweb_edu  # noqa: E402
 import hellaswag  # noqa: E402
-from files import UNUSABLE_PATH, UserError, atomic_write, first_line, locked, naming, run  # noqa: E402
+from files import UNUSABLE_PATH, UserError, atomic_write, first_line, locked, naming, run, sync  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from sample import print_samples  # noqa: E402
 from tokenizer import get_tokenizer  # noqa: E402
@@ -557,9 +557,8 @@ def train(args, at_exit):
         if not all(p.isfinite().all() for p in raw_model.parameters()):
             raise UserError(f"before step {step} the weights are not finite; nothing was saved. {NOT_FINITE}")
         if rank == 0:
-            if log_file.exists():  # what led to a checkpoint is on the disk before it is
-                with open(log_file, "rb") as file:
-                    os.fsync(file.fileno())
+            if log_file.exists():
+                sync(log_file)  # what led to a checkpoint is on the disk before it is
             facts = dict(val_loss=val_loss, best_val=best_val, dtype=dtype, scaler=scaler.state_dict(),
                          skipped=skipped)
             checkpoint.save(path, step, raw_model, tokenizer_name, optimizer, identity=identity, **facts)

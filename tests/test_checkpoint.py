@@ -90,7 +90,7 @@ def test_damage_is_found_before_anything_is_used(tmp_path, name, how):
 def test_a_crash_while_saving_leaves_the_old_one(tmp_path, monkeypatch):
     old, new = trained(seed=1)[0], trained(seed=2)[0]
     checkpoint.save(tmp_path / "best", 1, old)
-    for victim in ("save_file", "sync_directory"):  # in the middle, and when all is written but not renamed
+    for victim in ("save_file", "sync"):  # in the middle, and when all is written but not renamed
         with monkeypatch.context() as patch:
             patch.setattr(
                 checkpoint, victim, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
