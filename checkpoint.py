@@ -54,7 +54,7 @@ NAME = re.compile(r"ckpt_(\d{6,})$")
 
 # what a run and a person read of a meta.json, if it is there
 KINDS = dict(step=int, config=dict, files=dict, identity=dict, val_loss=(float, type(None)), best_val=float,
-             dtype=str, scaler=dict)
+             dtype=str, scaler=dict, skipped=int)
 REQUIRED = ("step", "config", "files")
 
 
