@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from conftest import ROOT, read_log
 
 FLAGS = ("--n_layer 2 --n_head 2 --n_embd 32 --vocab_size 64 --sequence_length 32 --micro_batch_size 4 "
          "--total_batch_size 256 --max_steps 20 --warmup_steps 5 --max_lr 1e-2 --val_every 10 --save_every "
@@ -30,28 +31,25 @@ def write_tokens(folder):
 
 
 def train(checkout, data_dir, log_dir, *flags):
-    """Run the train_gpt2.py of a checkout; returns {"step stream": figure} and {"file": its bytes}."""
+    """Run the train_gpt2.py of a checkout; returns the log as `read_log` does, and {"file": its bytes}."""
     command = [sys.executable, "train_gpt2.py", *FLAGS, "--data_dir", data_dir, "--log_dir", log_dir, *flags]
     subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
-    lines = (log_dir / "log.txt").read_text().splitlines()
-    figures = dict(line.rsplit(maxsplit=1) for line in lines if " tok/s " not in line)
     tensors = {f"{path.parent.name}/{path.name}": path.read_bytes()
                for path in sorted(log_dir.glob("*/*.safetensors"))}
-    return figures, tensors
+    return read_log(log_dir), tensors
 
 
 def main():
     parser = argparse.ArgumentParser(description="Compare how two commits train, bit for bit.")
     parser.add_argument("commits", nargs=2, metavar="COMMIT")
     args, flags = parser.parse_known_args()
-    root = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_tokens(folder)
         runs = []
         for number, commit in enumerate(args.commits):
             checkout = folder / f"checkout{number}"
-            subprocess.run(["git", "clone", "-q", "--no-checkout", root, checkout], check=True)
+            subprocess.run(["git", "clone", "-q", "--no-checkout", ROOT, checkout], check=True)
             subprocess.run(["git", "checkout", "-q", "--detach", commit], cwd=checkout, check=True)
             runs.append(train(checkout, folder, folder / f"log{number}", *flags))
     for one, other in zip(*runs):

@@ -14,4 +14,4 @@ LOSSES = [
 def test_twenty_losses(tmp_path):
     write_tokens(tmp_path)
     figures, _ = train(ROOT, tmp_path, tmp_path / "log")
-    assert [float(figures[f"{step} train"]) for step in range(20)] == pytest.approx(LOSSES, abs=1e-4)
+    assert [float(figures[step, "train"]) for step in range(20)] == pytest.approx(LOSSES, abs=1e-4)
