@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from conftest import ranks_of, read_log, run_script, start_script, weights
+from conftest import ranks_of, read_log, run_script, same_end, start_script
 
 parser = argparse.ArgumentParser(description="Kill the two-rank demo, and prove its end the same.")
 parser.add_argument("--kills", type=int, default=100)
@@ -30,11 +30,8 @@ def command(name, *flags):
             "--micro_batch_size", 4, "--save_every", 20, "--val_every", 100, *flags]
 
 
-def end_of(name):
-    return read_log(folder / name), weights(folder / name, "ckpt_002000"), weights(folder / name, "best")
-
-
 run_script(*command("whole"), timeout=3600)
+whole = folder / "whole", read_log(folder / "whole")
 print("a run that nobody killed has ended", flush=True)
 kills = runs = 0
 while kills < args.kills:
@@ -60,7 +57,7 @@ while kills < args.kills:
         steps = [line.split()[1] for line in lines if line.startswith("step ") and "|" in line]
         print(f"kill {kills}: {victim} after {moment:.1f} s, steps {steps[0]} to {steps[-1]}" if steps else
               f"kill {kills}: {victim} after {moment:.1f} s, before the first step", flush=True)
-    assert end_of("killed") == end_of("whole"), f"run {runs} has ended otherwise: {folder}"
+    assert same_end(folder / "killed", whole), f"run {runs} has ended otherwise: {folder}"
     print(f"run {runs} has ended in the same bits, {kills} kills so far", flush=True)
     shutil.rmtree(folder / "killed")
 shutil.rmtree(folder)
