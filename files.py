@@ -94,6 +94,38 @@ def atomic_write(path, mode="w"):
         raise
 
 
+def fetch(url, path, check, otherwise):
+    """Download a url to `path`, unless it is there; return the path.
+
+    check: called with the name of the downloaded file, raises UserError for what must not become `path`.
+    otherwise: the remedy, beside a copy by hand. Raises UserError, and leaves nothing, if it fails.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, "wb") as file:
+            retried(read_url, url, file)
+            check(file.name)
+    except (OSError, UserError) as error:  # a status other than 200 is an OSError too
+        raise UserError(f"{url} can't be fetched ({error}); copy it to {path}, or {otherwise}") from error
+    return path
+
+
+def read_url(url, file):
+    """Write what a url holds to a file open for writing, from its beginning. Raises OSError."""
+    import urllib.request
+
+    file.seek(0)
+    file.truncate()
+    with urllib.request.urlopen(url, timeout=60) as response:
+        shutil.copyfileobj(response, file)
+        if response.length:  # what copyfileobj does not notice
+            raise ConnectionResetError(f"{url} broke off {response.length} bytes before its end")
+    file.flush()
+
+
 @contextlib.contextmanager
 def locked(directory):
     """Make a directory and hold it against a second writer, which gets a UserError.

@@ -1,13 +1,14 @@
-"""FineWeb-Edu, or your own text, as shards of token ids: the one owner of the shard format.
+"""FineWeb-Edu, or other text, as shards of token ids: the one owner of the shard format.
 
     python fineweb_edu.py                                                  # FineWeb-Edu's sample-10BT (hub)
+    python fineweb_edu.py --dataset openwebtext                            # by name, or any other of the hub
     python fineweb_edu.py --input my.txt more.jsonl.gz --data_dir data/my  # local text
     python fineweb_edu.py --verify data/my                                 # prove shards by their manifest
 
-A shard is a .npy file of uint16 ids, one stream: <|endoftext|>, a document, <|endoftext|>, the next
-document, ... The first ids of the stream are the val split. manifest.json says what the shards were made
-from, and their digests. An interrupted preparation goes on behind its last complete shard and ends in the
-same bytes.
+A shard is a .npy file of uint16 ids, or a .bin as llm.c and modded-nanogpt write and read them. All shards
+are one stream: <|endoftext|>, a document, <|endoftext|>, the next document, ... The first ids of the stream
+are the val split. manifest.json says what the shards were made from, and their digests. An interrupted
+preparation goes on behind its last complete shard and ends in the same bytes.
 FineWeb-Edu: https://arxiv.org/abs/2406.17557
 """
 
@@ -29,13 +30,25 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from files import UserError, atomic_write, digest, first_line, locked, retried, run
+from files import UserError, atomic_write, digest, fetch, first_line, locked, retried, run
 from tokenizer import get_fast_tokenizer, get_tokenizer
 
 MANIFEST = "manifest.json"
 PROVED = ".proved.json"  # size and time of each shard when its digest was last found right
 FORMAT = "uint16 token shards, version 1"
-SHARD_NAME = re.compile(r"_(train|val)_(\d{6})\.npy$")
+SHARD_NAME = re.compile(r"_(train|val)_(\d{6})\.(npy|bin)$")
+BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 256  # llm.c's: magic, version, number of ids, zeros: int32
+# by name: repository, configuration and revision on the hub. OpenWebText's own branch is a script, which the
+# datasets library does not run any more; the hub keeps its texts as parquet on another
+DATASETS = {
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", None),
+    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", None),
+    "openwebtext": ("Skylion007/openwebtext", None, "refs/convert/parquet"),
+}
+# by name: the address of a text, and its digest
+TEXTS = {"tinyshakespeare": (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "ae717de95b0441526572a3fb9fde75d3")}
 HUB_ADDRESS = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")  # repository, revision, path
 BATCH_CHARS = 2**24  # text that is encoded at a time: gigatoken's threads want much
 
@@ -49,27 +62,37 @@ def parse_args(argv=None):
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--input", nargs="+", metavar="FILE",
                         help="local .txt, .jsonl, .jsonl.gz or .parquet files")
-    source.add_argument("--dataset", default="HuggingFaceFW/fineweb-edu",
-                        help="a dataset of the Hugging Face hub")
+    source.add_argument("--dataset", default="fineweb-edu",
+                        help=f"{', '.join((*DATASETS, *TEXTS))}, or any dataset of the Hugging Face hub")
     source.add_argument("--verify", metavar="DIR",
                         help="check every shard of a directory against its manifest")
-    parser.add_argument("--name", help="the dataset's configuration (sample-10BT, unless --dataset is given)")
-    parser.add_argument("--data_dir", default="edu_fineweb10B", help="where the shards go")
+    parser.add_argument("--name", help="the dataset's configuration, as sample-10BT or sample-100BT")
+    parser.add_argument("--revision", help="of the dataset: a commit, branch or tag")
+    parser.add_argument("--data_dir", help="where they go: edu_fineweb10B, data/NAME of another dataset")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or a file made by tokenizer.py")
     parser.add_argument("--text_column", default="text", help="where .jsonl and .parquet hold the text")
     parser.add_argument("--shard_size", type=int, default=10**8, help="tokens in a shard")
     parser.add_argument("--val_tokens", type=int,
                         help="tokens of the val split, the first of the stream "
                              "(one shard; a tenth of an input smaller than two shards)")
+    parser.add_argument("--format", choices=("npy", "bin"), default="npy",
+                        help="of the shards: numpy's, or the one of llm.c and modded-nanogpt")
     parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="cores that encode")
     args = parser.parse_args(argv)
+    if args.format == "bin" and args.shard_size >= 2**31:
+        parser.error("argument --shard_size: a .bin counts its ids in 31 bits")
     for flag in ("shard_size", "val_tokens", "num_proc"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"argument --{flag}: must be at least 1")
-    if args.input and args.name:
-        parser.error("argument --name: goes with --dataset, not with --input")
-    if args.name is None and args.dataset == parser.get_default("dataset"):
-        args.name = "sample-10BT"
+    for flag in ("name", "revision"):
+        if getattr(args, flag) and (args.input or args.dataset in TEXTS):
+            parser.error(f"argument --{flag}: goes with a --dataset of the hub")
+    if args.data_dir is None:
+        other = args.dataset.rpartition("/")[2] if args.dataset != "fineweb-edu" else None
+        args.data_dir = f"data/{other}" if other else "edu_fineweb10B"
+    if args.dataset in DATASETS:
+        args.dataset, name, revision = DATASETS[args.dataset]
+        args.name, args.revision = args.name or name, args.revision or revision
     return args
 
 
@@ -198,7 +221,7 @@ def join(parts):
     return pyarrow.concat_arrays(parts)
 
 
-def hub_files(dataset, name):
+def hub_files(dataset, name, revision=None):
     """The files of a hub dataset's train split: "hf://..." addresses that name the revision, or local paths.
 
     Raises UserError if there is no network, no such dataset or no such configuration.
@@ -206,7 +229,7 @@ def hub_files(dataset, name):
     from datasets import load_dataset_builder
 
     try:
-        builder = retried(load_dataset_builder, dataset, name)
+        builder = retried(load_dataset_builder, dataset, name, revision=revision)
         data_files = builder.config.data_files or {}
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--dataset {dataset}: {first_line(error)}. "
@@ -217,7 +240,18 @@ def hub_files(dataset, name):
     return list(data_files["train"])
 
 
-def fetch(address):
+def fetch_text(name, data_dir):
+    """Download one of TEXTS into data_dir, unless it is there; return its path. Raises UserError."""
+    url, expected = TEXTS[name]
+
+    def check(file):
+        if digest(file) != expected:
+            raise UserError("what came is another text")
+
+    return str(fetch(url, Path(data_dir) / f"{name}.txt", check, "name a copy with --input"))
+
+
+def local_file(address):
     """The local path of a file; one of the hub is downloaded into the hub's cache, or found there."""
     match = HUB_ADDRESS.match(address)
     if not match:
@@ -329,9 +363,14 @@ class ShardWriter:
                 self.pending.appendleft((file, batch, offset + missing, ids[missing:]))
             missing -= len(parts[-1])
         self.buffered -= size
-        path = self.data_dir / f"{self.prefix}_{split}_{len(self.manifest['shards']):06d}.npy"
+        suffix = self.manifest["file_format"]
+        path = self.data_dir / f"{self.prefix}_{split}_{len(self.manifest['shards']):06d}.{suffix}"
         with atomic_write(path, "wb") as out:
-            np.save(out, np.concatenate(parts))
+            if suffix == "npy":
+                np.save(out, np.concatenate(parts))
+            else:
+                out.write(np.array([BIN_MAGIC, BIN_VERSION, size] + [0] * (BIN_HEADER - 3), dtype="<i4"))
+                out.write(np.concatenate(parts).astype("<u2"))
         entry = {"file": path.name, "split": split, "tokens": size,
                  "bytes": path.stat().st_size, "digest": digest(path)}
         self.manifest["shards"].append(entry)
@@ -368,6 +407,7 @@ def read_manifest(data_dir):
     path = Path(data_dir) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest.setdefault("file_format", "npy")  # the only one there was at first
         needed = dict(source=dict, tokenizer=(str, dict), num_tokens=int, complete=bool, shards=list)
         if manifest["format"] != FORMAT or not has(manifest, needed):
             raise ValueError(f"it is not one of {FORMAT!r}")
@@ -389,7 +429,7 @@ def read_manifest(data_dir):
 
 
 def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size=10**8, val_tokens=None,
-            num_proc=1):
+            num_proc=1, file_format="npy"):
     """Encode files (paths or hub addresses, in this order) into the shards of data_dir; return the manifest.
 
     source: a dict for the manifest that says where the files are from. What an interrupted call finished is
@@ -411,12 +451,13 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
         "num_tokens": encoding.n_vocab,
         "shard_size": shard_size,
         "val_tokens_asked": val_tokens,
+        "file_format": file_format,
     }
     # what "next" counts in: batches cut elsewhere would tear the stream
     batches_by = [BATCH_CHARS, importlib.metadata.version("pyarrow")]
     manifest = read_manifest(data_dir)
     if manifest is None:
-        if any(SHARD_NAME.search(path.name) for path in data_dir.glob("*.npy")):
+        if any(SHARD_NAME.search(path.name) for path in data_dir.glob("*")):
             raise UserError(f"{data_dir} holds shards of unknown origin: "
                             "remove them or choose another --data_dir")
         manifest = {**request, "val_tokens": val_tokens, "complete": False, "next": (0, 0, 0),
@@ -459,7 +500,7 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
             first_file, first_batch, _ = manifest["next"]
             for file in range(first_file, len(files)):
                 batch = -1
-                for batch, texts in enumerate(batches(fetch(str(files[file])), column)):
+                for batch, texts in enumerate(batches(local_file(str(files[file])), column)):
                     if batch == 0:
                         fast = fast and encodes_alike(texts, tokenizer)
                     if not fast and not processes and num_proc > 1:  # spawned: a fork is not safe here
@@ -506,7 +547,7 @@ def open_shards(data_dir, split):
     if manifest is not None and not manifest["complete"]:
         raise UserError(f"{data_dir}: its preparation was interrupted; "
                         "run the same fineweb_edu.py command again")
-    found = {path.name: path for path in data_dir.glob("*.npy") if SHARD_NAME.search(path.name)}
+    found = {path.name: path for path in data_dir.glob("*") if SHARD_NAME.search(path.name)}
     if manifest is not None:
         expected = {shard["file"]: shard for shard in manifest["shards"]}
         for name in sorted(expected.keys() ^ found.keys()):
@@ -516,6 +557,8 @@ def open_shards(data_dir, split):
     if not names:
         raise UserError(f"no {split} shards in {data_dir}; "
                         f"python fineweb_edu.py --data_dir {data_dir} makes them")
+    if len({SHARD_NAME.search(name).group(3) for name in names}) > 1:
+        raise UserError(f"{data_dir} holds {split} shards as .npy and as .bin: remove one kind")
     numbers = [int(SHARD_NAME.search(name).group(2)) for name in names]
     for before, after in zip(numbers, numbers[1:]):
         if after != before + 1:
@@ -530,15 +573,28 @@ def open_shards(data_dir, split):
             raise UserError(f"{path} has {size} bytes, its manifest says {expected[name]['bytes']}; "
                             "prepare it anew")
         try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            tokens = open_bin(path) if path.suffix == ".bin" else np.load(path, "r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise UserError(f"{path} is not a whole .npy file ({error}); prepare it anew") from error
+            raise UserError(f"{path} is not a whole {path.suffix} file ({error}); prepare it anew") from error
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise UserError(f"{path} holds {tokens.ndim}-D {tokens.dtype}, not 1-D uint16; prepare it anew")
         if manifest is not None and len(tokens) != expected[name]["tokens"]:
             raise UserError(f"{path} has {len(tokens)} tokens, its manifest says {expected[name]['tokens']}")
         shards.append((path, tokens))
     return shards
+
+
+def open_bin(path):
+    """The ids of a .bin shard, memory-mapped. Raises ValueError for what is none."""
+    import numpy as np
+
+    magic, version, size = np.fromfile(path, dtype="<i4", count=3)
+    if (magic, version) != (BIN_MAGIC, BIN_VERSION):
+        raise ValueError(f"its header is {magic}, {version}; GPT-2's of llm.c is {BIN_MAGIC}, {BIN_VERSION}")
+    start = 4 * BIN_HEADER
+    if path.stat().st_size != start + 2 * size:
+        raise ValueError(f"it has {path.stat().st_size} bytes, its header says {start + 2 * size}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(int(size),))
 
 
 def tokenizer_of(data_dir):
@@ -558,7 +614,7 @@ def identity(data_dir):
     manifest = Path(data_dir) / MANIFEST
     if manifest.exists():
         return digest(manifest)
-    shards = sorted(Path(data_dir).glob("*.npy"))
+    shards = sorted(path for path in Path(data_dir).glob("*") if SHARD_NAME.search(path.name))
     return "unverified: " + ", ".join(f"{path.name} {path.stat().st_size}" for path in shards)
 
 
@@ -611,6 +667,8 @@ def main(args):
         print(f"{args.verify}: {verify(args.verify):,} tokens, all as the manifest says")
         return
     with locked(args.data_dir):
+        if args.dataset in TEXTS:
+            args.input = [fetch_text(args.dataset, args.data_dir)]
         if args.input:
             files = args.input
             for path in files:
@@ -619,12 +677,14 @@ def main(args):
             source = {"files": [{"name": Path(path).name, "digest": digest(path)} for path in files]}
         else:
             source = (read_manifest(args.data_dir) or {}).get("source", {})
-            if (source.get("dataset"), source.get("name")) != (args.dataset, args.name):
-                files = hub_files(args.dataset, args.name)
+            asked = {"dataset": args.dataset, "name": args.name, "ref": args.revision}
+            if any(source.get(key) != value for key, value in asked.items()):
+                files = hub_files(args.dataset, args.name, args.revision)
                 revisions = ", ".join({match[2] for match in map(HUB_ADDRESS.match, files) if match})
-                source = {"dataset": args.dataset, "name": args.name, "revision": revisions, "files": files}
+                source = {**asked, "revision": revisions, "files": files}
             files = source["files"]  # of the revision begun with, though the hub may have a newer one
-        settings = dict(tokenizer=args.tokenizer, column=args.text_column, shard_size=args.shard_size)
+        settings = dict(tokenizer=args.tokenizer, column=args.text_column, shard_size=args.shard_size,
+                        file_format=args.format)
         manifest = prepare(files, args.data_dir, source, val_tokens=args.val_tokens, num_proc=args.num_proc,
                            **settings)
     tokens = {split: sum(s["tokens"] for s in manifest["shards"] if s["split"] == split)

@@ -10,10 +10,9 @@ mean. OpenAI's 124M reaches acc 0.2859, acc_norm 0.2955; the XL 0.3842 and 0.489
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
-from files import UserError, atomic_write, retried, run
+from files import UserError, atomic_write, fetch, run
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 VALIDATION_ROWS = 10042
@@ -54,33 +53,13 @@ def download(path=DATA, url=URL, rows=VALIDATION_ROWS):
 
     Raises UserError, and leaves nothing, if it can't be reached or what came is not the `rows` examples.
     """
-    path = Path(path)
-    if path.exists():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, "wb") as file:
-            retried(fetch, url, file)
-            count = sum(1 for _ in iterate_examples(file.name))  # what fails here never becomes `path`
-            if count != rows:
-                raise UserError(f"{count} examples came, not {rows}")
-    except (OSError, UserError) as error:  # a status other than 200 is an OSError too
-        raise UserError(f"{url} can't be fetched ({error}); copy it to {path}, "
-                        "or name a copy with --data") from error
-    return path
 
+    def check(file):
+        count = sum(1 for _ in iterate_examples(file))
+        if count != rows:
+            raise UserError(f"{count} examples came, not {rows}")
 
-def fetch(url, file):
-    """Write what a url holds to a file open for writing, from its beginning. Raises OSError."""
-    import urllib.request
-
-    file.seek(0)
-    file.truncate()
-    with urllib.request.urlopen(url, timeout=60) as response:
-        shutil.copyfileobj(response, file)
-        if response.length:  # what copyfileobj does not notice
-            raise ConnectionResetError(f"{url} broke off {response.length} bytes before its end")
-    file.flush()
+    return fetch(url, path, check, "name a copy with --data")
 
 
 def iterate_examples(path):

@@ -9,8 +9,8 @@ import urllib.parse
 REPOSITORY, REVISION = "HuggingFaceFW/fineweb-edu", "0123456789abcdef0123456789abcdef01234567"
 
 
-def serve(files, faults=()):
-    """Serve {path: bytes} as the repository; returns the server, which lists what it was asked in `asked`.
+def serve(files, faults=(), repository=REPOSITORY):
+    """Serve {path: bytes} as a dataset; returns the server, which lists what it was asked in `asked`.
 
     faults: what the first requests get instead: "503", "429", "half" of a file, or no file ever more: "none".
     """
@@ -24,7 +24,7 @@ def serve(files, faults=()):
             if fault.isdigit():
                 del self.server.faults[0]
                 return self.reply(int(fault), b"", {})
-            api, file = f"/api/datasets/{REPOSITORY}", f"/datasets/{REPOSITORY}/resolve/"
+            api, file = f"/api/datasets/{repository}", f"/datasets/{repository}/resolve/"
             if path.startswith(f"{api}/tree/"):
                 below = path.removeprefix(f"{api}/tree/{REVISION}").strip("/")
                 self.reply_json(tree(f"{below}/" if below else "", "recursive=true" in url.query.lower()))
@@ -33,7 +33,7 @@ def serve(files, faults=()):
                 self.reply_json([entry(name) for name in form.get("paths", []) if name in files])
             elif path == api or path.startswith(f"{api}/revision/"):
                 siblings = [{"rfilename": name} for name in files]
-                self.reply_json({"id": REPOSITORY, "sha": REVISION, "siblings": siblings, "private": False})
+                self.reply_json({"id": repository, "sha": REVISION, "siblings": siblings, "private": False})
             elif path.startswith(file) and path.removeprefix(file).partition("/")[2] in files:
                 content = files[path.removeprefix(file).partition("/")[2]]
                 if fault == "none" and self.command == "GET":
@@ -80,3 +80,9 @@ def serve(files, faults=()):
     server.asked, server.faults = [], list(faults)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
+
+
+def environment(server, folder):
+    """The variables that make a script take the server for the hub, with an empty cache below a folder."""
+    return {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(folder / "cache"),
+            "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}

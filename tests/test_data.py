@@ -1,9 +1,12 @@
 """Shards and the loader: what goes in comes out, after any interruption, for any number of ranks."""
 
+import functools
 import gzip
+import http.server
 import io
 import json
 import shutil
+import threading
 
 import hub
 import numpy as np
@@ -150,20 +153,22 @@ def test_tinyshakespeare(tmp_path, real_data, gpt2_tokenizer):
     assert "338,026 tokens" in run_script("fineweb_edu.py", "--verify", tmp_path / "out").stdout
 
 
+def parquet_bytes(folder, texts):
+    write_parquet(folder / "part.parquet", texts)
+    return (folder / "part.parquet").read_bytes()
+
+
 def test_fineweb_edu_comes_from_the_hub(tmp_path, texts, learned):
     """`python fineweb_edu.py` itself, against a local server with the hub's interface and layout."""
     files = {"data/CC-MAIN-2024-10/train-00000.parquet": texts[40:],
              "sample/10BT/000_00000.parquet": texts[:20], "sample/10BT/001_00000.parquet": texts[20:40]}
-    for path, part in files.items():
-        write_parquet(tmp_path / "part.parquet", part)
-        files[path] = (tmp_path / "part.parquet").read_bytes()
+    files = {path: parquet_bytes(tmp_path, part) for path, part in files.items()}
     files["README.md"] = (
         b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*/*\n"
         b"- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
     )
     server = hub.serve(files)
-    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
-           "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    env = hub.environment(server, tmp_path)
     command = ["fineweb_edu.py", "--tokenizer", learned, "--num_proc", 1]
     run_script(*command, "--data_dir", tmp_path / "out", env=env)
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts[:40], learned))
@@ -175,6 +180,97 @@ def test_fineweb_edu_comes_from_the_hub(tmp_path, texts, learned):
     process = run_script(*command, "--name", "nope", "--data_dir", tmp_path / "x", check=False, env=env)
     assert refused(process, "--dataset", "nope", "sample-10BT")
     server.shutdown()
+
+
+@pytest.mark.parametrize("dataset, repository, ref, path", [
+    ("fineweb", "HuggingFaceFW/fineweb", None, "sample/10BT/000_00000.parquet"),
+    ("openwebtext", "Skylion007/openwebtext", "refs/convert/parquet", "plain_text/train/0000.parquet"),
+    ("someone/stories", "someone/stories", None, "data/train-00000-of-00001.parquet"),
+])
+def test_other_datasets_by_name(tmp_path, texts, learned, dataset, repository, ref, path):
+    files = {path: parquet_bytes(tmp_path, texts[:20])}
+    if dataset == "fineweb":
+        files["README.md"] = (b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n"
+                              b"    path: sample/10BT/*\n---\n")
+    server = hub.serve(files, repository=repository)
+    run_script("fineweb_edu.py", "--dataset", dataset, "--tokenizer", learned, "--data_dir", tmp_path / "out",
+               env=hub.environment(server, tmp_path))
+    assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts[:20], learned))
+    source = fineweb_edu.read_manifest(tmp_path / "out")["source"]
+    assert (source["dataset"], source["ref"], source["revision"]) == (repository, ref, hub.REVISION)
+    assert ("HEAD", f"/datasets/{repository}/resolve/{ref or 'main'}/README.md") in server.asked
+    server.shutdown()
+
+
+def test_where_the_shards_of_a_dataset_go():
+    places = {"fineweb-edu": "edu_fineweb10B", "openwebtext": "data/openwebtext", "someone/x": "data/x"}
+    for dataset, place in places.items():
+        assert fineweb_edu.parse_args(["--dataset", dataset]).data_dir == place
+    assert fineweb_edu.parse_args([]).data_dir == "edu_fineweb10B"
+
+
+def test_tinyshakespeare_is_downloaded_once_and_known_by_its_digest(tmp_path, learned, monkeypatch):
+    text = "to be, or not to be\n" * 100
+    (tmp_path / "served.txt").write_text(text)
+    expected = fineweb_edu.digest(tmp_path / "served.txt")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/served.txt"
+    arguments = ["--dataset", "tinyshakespeare", "--tokenizer", learned, "--data_dir", str(tmp_path / "out")]
+    args = fineweb_edu.parse_args(arguments)
+    monkeypatch.setitem(fineweb_edu.TEXTS, "tinyshakespeare", (url, "0" * 32))
+    with pytest.raises(UserError, match="another text.*--input"):
+        fineweb_edu.main(args)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setitem(fineweb_edu.TEXTS, "tinyshakespeare", (url, expected))
+    fineweb_edu.main(args)
+    server.shutdown()
+    fineweb_edu.main(fineweb_edu.parse_args(arguments))  # the copy that is there
+    assert np.array_equal(stream_of(tmp_path / "out"), expected_stream([text], learned))
+
+
+def test_bin_shards_are_llm_cs(tmp_path, texts, learned):
+    """Header and ids as https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py has them."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:60]))
+    command = ["fineweb_edu.py", "--input", tmp_path / "a.jsonl", "--tokenizer", learned]
+    command += ["--shard_size", 30_000]
+    run_script(*command, "--data_dir", tmp_path / "npy")
+    run_script(*command, "--data_dir", tmp_path / "bin", "--format", "bin")
+    run_script("fineweb_edu.py", "--verify", tmp_path / "bin")
+    assert np.array_equal(stream_of(tmp_path / "bin"), stream_of(tmp_path / "npy"))
+    for path in (tmp_path / "bin").glob("*.bin"):
+        header = np.fromfile(path, dtype=np.int32, count=256)
+        ids = np.fromfile(path, dtype=np.uint16, offset=1024)
+        assert header[:3].tolist() == [20240520, 1, len(ids)] and not header[3:].any()
+    assert refused(run_script(*command, "--data_dir", tmp_path / "bin", check=False), "file_format")
+    large = run_script(*command, "--format", "bin", "--shard_size", 2**31, check=False)
+    assert refused(large, "--shard_size")
+
+    # theirs have no manifest: by their names alone they are read as they are, or refused
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for path in (tmp_path / "bin").glob("*.bin"):
+        shutil.copyfile(path, theirs / path.name.replace("bin_", "edu_fineweb_"))
+    loaders = [DataLoaderLite(4, 64, data_dir=folder) for folder in (theirs, tmp_path / "npy")]
+    for _ in range(10):
+        x, y = zip(*(loader.next_batch() for loader in loaders))
+        assert x[0].equal(x[1]) and y[0].equal(y[1])
+    victim = theirs / "edu_fineweb_train_000001.bin"
+    content = bytearray(victim.read_bytes())
+    for damaged, words in (
+        (content[:-2], "header says"),
+        (np.array([20240801, 7], np.int32).tobytes() + content[8:], "20240801, 7"),  # Llama's, of uint32
+        (content[1024:], "its header is"),
+        (b"", "not a whole .bin"),
+    ):
+        victim.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"edu_fineweb_train_000001.bin.*{words}"):
+            open_shards(theirs, "train")
+    victim.write_bytes(content)
+    shutil.copyfile(next((tmp_path / "npy").glob("*train_000001.npy")), theirs / "x_train_000001.npy")
+    with pytest.raises(UserError, match="remove one kind"):
+        open_shards(theirs, "train")
 
 
 def test_what_can_not_be_read_is_refused_by_name(tmp_path, texts, learned):

@@ -598,9 +598,7 @@ def test_a_hub_that_is_busy_and_breaks_off(tmp_path, texts, learned):
     content = (tmp_path / "part.parquet").read_bytes()
     server = hub.serve({"data/train-00000.parquet": content},
                        faults=["503", "429", "503", "half", "503", "half"])
-    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
-           "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
-           "FAULT": "import files; files.PAUSES = (0.1,) * 5"}
+    env = {**hub.environment(server, tmp_path), "FAULT": "import files; files.PAUSES = (0.1,) * 5"}
     command = ["tests/faulty.py", "fineweb_edu.py", "--tokenizer", learned, "--num_proc", 1,
                "--name", "default", "--data_dir", tmp_path / "out"]
     process = run_script(*command, env=env)
