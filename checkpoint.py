@@ -2,6 +2,7 @@
 
     python checkpoint.py list log        # what a run has saved: step, validation loss, size
     python checkpoint.py verify log      # the same, and whether every byte is as it was written
+    python checkpoint.py export log DIR  # the newest as a Hugging Face directory (export.py)
 
     LOG_DIR/ckpt_000250/      the newest few, each with all that a run needs to go on
         model.safetensors       weights, fp32, under GPT-2's names
@@ -28,12 +29,16 @@ from pathlib import Path
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Show the checkpoints of a run; exit status 1: one is damaged."
+        description="Show the checkpoints of a run (exit status 1: one is damaged), or export one."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (("list", "by their sizes"), ("verify", "by their digests: every byte is read")):
         command = commands.add_parser(name, help=f"show the checkpoints of a run, checked {what}")
         command.add_argument("directory", metavar="DIR", help="a run's log directory, or one checkpoint")
+    command = commands.add_parser("export", help="write a model as a Hugging Face directory, and upload it")
+    command.add_argument("source", metavar="CHECKPOINT_OR_LOG_DIR", help="what -m of sample.py takes")
+    command.add_argument("directory", metavar="DIR", help="the new directory")
+    command.add_argument("--push_to_hub", metavar="USER/NAME", help="a repository of the Hugging Face hub")
     return parser.parse_args(argv)
 
 
@@ -87,6 +92,7 @@ def save(path, step, model, tokenizer="gpt2", optimizer=None, **meta):
         text = json.dumps({**body, "self": text_digest(body)}, indent=1)
         with naming(path):
             (temporary / "meta.json").write_text(text, encoding="utf-8")
+        share(temporary)
         for written in (*temporary.iterdir(), temporary):
             sync(written)
         if path.exists():  # a damaged one, or the last best: no directory can be renamed over it
@@ -107,6 +113,15 @@ def discard(path):
         with contextlib.suppress(OSError):
             os.rename(path, garbage)
         shutil.rmtree(garbage, ignore_errors=True)
+
+
+def share(directory):
+    """Let those read the tensors of a directory who can read its .json files.
+
+    safetensors 0.8 lets their owner alone: https://github.com/safetensors/safetensors/issues/782
+    """
+    for path in directory.glob("*.safetensors"):
+        shutil.copymode(next(directory.glob("*.json")), path)
 
 
 def contiguous(tensors):
@@ -298,6 +313,10 @@ def pick_device(name=None):
 
 
 def main(args):
+    if args.command == "export":
+        from export import export  # transformers takes a second to import
+
+        return export(args.source, args.directory, args.push_to_hub)
     directory = Path(args.directory)
     if (directory / "meta.json").is_file() or NAME.match(directory.name) or directory.name == "best":
         paths = [directory]

@@ -609,6 +609,13 @@ def tokenizer_of(data_dir):
     return str(path)
 
 
+def source_of(data_dir):
+    """What the shards of a directory were made from, by its manifest: a dict, empty where it has none."""
+    source = (read_manifest(data_dir) or {}).get("source", {})
+    # the files of a hub's dataset follow from its revision
+    return {key: value for key, value in source.items() if value and not (key == "files" and "ref" in source)}
+
+
 def identity(data_dir):
     """A text that changes with the shards of a directory, whatever the directory's place."""
     manifest = Path(data_dir) / MANIFEST

@@ -408,24 +408,26 @@ class GPT(nn.Module):
     def save_pretrained(self, directory):
         """Write a Hugging Face directory for `GPT2LMHeadModel.from_pretrained`, its vocabulary not padded.
 
-        Raises ValueError for a model without biases, which that class can't express.
+        That class always has biases: those of a model without (bias=False) are written as zeros.
         """
         from transformers import GPT2Config, GPT2LMHeadModel
 
         c = self.config
-        if not c.bias:
-            raise ValueError("a GPT-2 of Hugging Face always has biases, this model has none (bias=False)")
+        end_of_text = c.num_tokens - 1
         hf_config = GPT2Config(
             vocab_size=c.num_tokens, n_positions=c.block_size,
             n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
             resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-            bos_token_id=c.num_tokens - 1, eos_token_id=c.num_tokens - 1,
+            bos_token_id=end_of_text, eos_token_id=end_of_text,
         )
-        state = {name: from_hf(name, tensor.detach().cpu()) for name, tensor in self.state_to_save().items()}
+        hf_model = GPT2LMHeadModel(hf_config)
+        state = {name: torch.zeros_like(tensor) for name, tensor in hf_model.state_dict().items()
+                 if name.endswith(".bias")}
+        state |= {name: from_hf(name, tensor.detach().cpu()) for name, tensor in self.state_to_save().items()}
         state["transformer.wte.weight"] = state["transformer.wte.weight"][: c.num_tokens]
         state["lm_head.weight"] = state["transformer.wte.weight"]
-        hf_model = GPT2LMHeadModel(hf_config)
         hf_model.load_state_dict(state)
+        hf_model.generation_config.pad_token_id = end_of_text  # else a batch of prompts is warned about
         hf_model.save_pretrained(directory)
 
 

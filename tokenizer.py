@@ -114,21 +114,42 @@ def train(texts, vocab_size, path):
     if vocab_size > 257 and bpe.get_vocab_size() == 256:
         raise UserError("no tokenizer can be learned: the text holds no pair of bytes that comes twice")
 
-    # tiktoken joins any two neighbours whose union is a token, the earliest learned first. Listed so, the
-    # merges make the tokenizers library do the same: as merges were learned, each token would be reached by
-    # one way only.
     vocab = bpe.get_vocab(with_added_tokens=False)
+    bpe.model = models.BPE(vocab=vocab, merges=merges(vocab))
+    bpe.add_special_tokens([END_OF_TEXT])
+    with atomic_write(path) as file:
+        file.write(bpe.to_str())
+    return bpe.get_vocab_size()
+
+
+def merges(vocab):
+    """The merges, pairs of tokens, that make the tokenizers library encode as tiktoken does with a vocab.
+
+    tiktoken joins any two neighbours whose union is a token, the earliest learned first. As merges are
+    learned and published, each token would be reached by one way only.
+    """
     ways = [
         (vocab[token], vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:])
         for token in vocab
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
     ]
-    bpe.model = models.BPE(vocab=vocab, merges=[way[3:] for way in sorted(ways)])
-    bpe.add_special_tokens([END_OF_TEXT])
-    with atomic_write(path) as file:
-        file.write(bpe.to_str())
-    return bpe.get_vocab_size()
+    return [way[3:] for way in sorted(ways)]
+
+
+def save_pretrained(encoding, directory, max_length):
+    """Write a tiktoken.Encoding of ours as a Hugging Face tokenizer of the same ids, for AutoTokenizer.
+
+    max_length: the model's context, in tokens, of which transformers warns.
+    """
+    from transformers import GPT2Tokenizer
+
+    symbols = {byte: symbol for symbol, byte in byte_symbols().items()}
+    tokens = [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]
+    vocab = {"".join(symbols[byte] for byte in token): rank for rank, token in enumerate(tokens)}
+    tokenizer = GPT2Tokenizer(vocab={**vocab, END_OF_TEXT: encoding.eot_token}, merges=merges(vocab),
+                              model_max_length=max_length)
+    tokenizer.save_pretrained(directory)
 
 
 def main(args):

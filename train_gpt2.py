@@ -588,7 +588,8 @@ def train(args, at_exit):
     if rank == 0:
         record_start(log_dir / "run.json", args, step=start_step, parameters=raw_model.num_params(),
                      world_size=world_size, device=device, device_name=device_name, dtype=dtype,
-                     compiled=compiled is not raw_model, data_manifest=identity["data"])
+                     compiled=compiled is not raw_model, data_manifest=identity["data"],
+                     data_source=fineweb_edu.source_of(args.data_dir), tokenizer=identity["tokenizer"])
     epochs = args.max_steps * args.total_batch_size / (train_loader.num_windows * T)
     say(f"{raw_model.num_params():,} parameters, {dtype} on {device} ({device_name}), "
         + ("compiled" if compiled is not raw_model else "not compiled"))

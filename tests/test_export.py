@@ -1,0 +1,153 @@
+"""What checkpoint.py export writes is a Hugging Face model like any other: same ids, logits and text."""
+
+import base64
+import http.server
+import json
+import os
+import threading
+
+import pytest
+import torch
+from conftest import refused, run_script
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import checkpoint
+from checkpoint import load_model_and_tokenizer
+from export import export
+from model import GPT, GPTConfig
+
+TEXTS = ["The try statement\n\nspecifies  exception handlers", " ünï 😀 \t<b>'s</b>", "def f(x):\n    pass"]
+
+
+def check_export(directory, model, tokenizer):
+    """Ids, logits, greedy text and the way back; a padded vocabulary is cut to the tokenizer's."""
+    theirs = AutoModelForCausalLM.from_pretrained(directory).eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert their_tokenizer.eos_token_id == tokenizer.eot_token == theirs.generation_config.eos_token_id
+    assert len(their_tokenizer) == theirs.config.vocab_size == tokenizer.n_vocab == model.config.num_tokens
+    assert their_tokenizer.model_max_length == model.config.block_size
+    for text in TEXTS:
+        ids = tokenizer.encode_ordinary(text)
+        assert their_tokenizer(text)["input_ids"] == ids and their_tokenizer.decode(ids) == text
+    idx = torch.tensor([tokenizer.encode_ordinary(TEXTS[0])])
+    with torch.no_grad():
+        logits = model(idx)[0][..., : tokenizer.n_vocab]
+        assert (theirs(idx).logits - logits).abs().max() < 1e-4
+    again, tokenizer_again = load_model_and_tokenizer(directory)
+    assert tokenizer_again.encode_ordinary(TEXTS[1]) == tokenizer.encode_ordinary(TEXTS[1])
+    with torch.no_grad():
+        assert torch.allclose(again(idx)[0], logits, atol=1e-5)
+    expected = model.generate(idx, 10, temperature=0)[0].tolist()
+    generate = pipeline("text-generation", str(directory), device="cpu")
+    text = generate(TEXTS[0], max_new_tokens=10, min_new_tokens=10, do_sample=False)[0]["generated_text"]
+    # pipeline never takes <|endoftext|> here, nor does this model
+    assert tokenizer.eot_token not in expected and text == tokenizer.decode(expected)
+
+
+def test_a_run_with_a_learned_tokenizer(whole, tmp_path, shards):
+    log_dir, figures = whole
+    run_script("checkpoint.py", "export", log_dir, tmp_path / "hf", env={"HF_HUB_OFFLINE": "1"})
+    check_export(tmp_path / "hf", *load_model_and_tokenizer(log_dir))
+    files = {path.name: path for path in (tmp_path / "hf").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json", "README.md"} == files.keys()
+    card = files["README.md"].read_text()
+    assert "| steps | 12 |" in card and "| max_lr | 0.003 |" in card and "| files | topics |" in card
+    for step, stream in ((11, "train"), (12, "val"), (12, "val_bpb")):
+        assert f"{float(figures[step, stream]):.4f} at step {step} |" in card
+    # whoever may read one file may read all
+    assert len({path.stat().st_mode for path in files.values()}) == 1
+    ckpt = checkpoint.numbered(log_dir)[0]
+    assert len({path.stat().st_mode for path in ckpt.iterdir()}) == 1
+    # an earlier step's card does not tell what came later
+    export(checkpoint.numbered(log_dir)[1], tmp_path / "earlier")
+    assert "| steps | 8 |" in (tmp_path / "earlier" / "README.md").read_text()
+    assert "at step 12" not in (tmp_path / "earlier" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gpt2s_tokenizer_and_a_padded_vocabulary(tmp_path, gpt2_tokenizer, bias):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=16, bias=bias)).eval()
+    for p in model.parameters():
+        p.data *= 8  # far from uniform: greedy choices without ties
+    checkpoint.save(tmp_path / "ckpt_000000", 0, model)
+    export(tmp_path / "ckpt_000000", tmp_path / "hf")
+    check_export(tmp_path / "hf", model, gpt2_tokenizer)
+
+
+def test_results_stand_in_the_front_matter(whole, learned, tmp_path):
+    log_dir = tmp_path / "log"
+    log_dir.mkdir()
+    checkpoint.save(log_dir / "ckpt_000012", 12, checkpoint.load_model(whole[0]), learned)
+    (log_dir / "log.txt").write_text("0 hella 0.2400000000\n12 hella 0.2955000000\n")
+    (log_dir / "run.json").write_text(json.dumps({"data_source": {"dataset": "HuggingFaceFW/fineweb-edu"}}))
+    export(log_dir, tmp_path / "hf")
+    data = ModelCard.load(tmp_path / "hf" / "README.md").data
+    assert data.datasets == ["HuggingFaceFW/fineweb-edu"] and data.pipeline_tag == "text-generation"
+    [result] = data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("HellaSwag", "acc_norm", 0.2955)
+
+
+def test_what_can_not_be_exported_is_refused(whole, tmp_path):
+    command = ["checkpoint.py", "export", whole[0]]
+    assert refused(run_script(*command, tmp_path, check=False), tmp_path, "new directory")
+    env = {"HF_HOME": str(tmp_path), "HF_TOKEN": ""}
+    process = run_script(*command, tmp_path / "hf", "--push_to_hub", "me/x", check=False, env=env)
+    assert refused(process, "--push_to_hub", "hf auth login")
+    process = run_script("checkpoint.py", "export", tmp_path / "no", tmp_path / "hf", check=False)
+    assert refused(process, "no", "does not exist")
+    assert os.listdir(tmp_path) == []
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as an upload of small files asks for."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked[self.path] = body
+        if self.server.status != 200:
+            return self.reply(self.server.status, {"error": "busy"})
+        reply = {}
+        if self.path.endswith("/preupload/main"):
+            reply = {"files": [{**file, "uploadMode": "regular", "shouldIgnore": False}
+                               for file in json.loads(body)["files"]]}
+        elif self.path.endswith("/commit/main"):
+            reply = {"commitUrl": "http://127.0.0.1/me/tiny/commit/1", "commitOid": "1"}
+        elif self.path == "/api/repos/create":
+            reply = {"url": "http://127.0.0.1/me/tiny"}
+        self.reply(200, reply)
+
+    def do_GET(self):
+        self.reply(200, {"id": "me/tiny", "siblings": []})
+
+    def reply(self, status, value):
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_push_to_hub(whole, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.status = {}, 200
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
+           "HF_TOKEN": "hf_x", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+    command = ["checkpoint.py", "export", whole[0], tmp_path / "hf", "--push_to_hub", "me/tiny"]
+    assert "uploaded: http" in run_script(*command, env=env).stdout
+    lines = map(json.loads, server.asked["/api/models/me/tiny/commit/main"].splitlines())
+    sent = {line["value"]["path"]: base64.b64decode(line["value"]["content"])
+            for line in lines if line["key"] == "file"}
+    assert sent == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    assert b'"text-generation", "me/tiny"' in sent["README.md"]
+    server.status = 403
+    command[3] = tmp_path / "other"
+    assert refused(run_script(*command, check=False, env=env), "--push_to_hub me/tiny", "403", "stands")
+    assert len(list((tmp_path / "other").iterdir())) == 6
+    server.shutdown()
