@@ -44,6 +44,8 @@ def parse_args(argv=None):
         help=f"what --resume may change of the run: {', '.join(CHANGEABLE)}")
     add("--init_from", metavar="MODEL",
         help="fine-tune gpt2, ..., gpt2-xl, a Hugging Face directory, a checkpoint; its shape counts")
+    add("--eval_only", action="store_true",
+        help="measure log_dir's newest checkpoint, or --init_from, and sample from it; no training")
     add("--seed", type=int, default=1337, help="of weights, order of the data, dropout and samples")
     add("--device", help="cuda, mps or cpu; found by itself")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="of products; the device's best")
@@ -119,6 +121,7 @@ import re  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -297,6 +300,10 @@ class StopRequested(Exception):
 def main(args):
     """The whole run; what it holds of the machine, it lets go of however it ends."""
     with contextlib.ExitStack() as at_exit, advice(args):
+        if args.eval_only:  # a run of no steps from that model, whose log directory is thrown away
+            args.init_from = args.init_from or str(checkpoint.resolve(args.log_dir))
+            args.log_dir = at_exit.enter_context(tempfile.TemporaryDirectory())
+            args.max_steps, args.resume = 0, False
         train(args, at_exit)
 
 
@@ -442,6 +449,7 @@ def train(args, at_exit):
         say(f"resuming {newest} at step {start_step}")
     elif args.init_from:
         raw_model = load_init(args, tokenizer, num_tokens).to(device)
+        say(f"the weights are those of {args.init_from}")
     else:
         torch.manual_seed(args.seed)
         try:
@@ -695,6 +703,8 @@ def train(args, at_exit):
         dist.destroy_process_group()
     if stopped:
         sys.exit(128 + stopped)
+    if args.eval_only:
+        return
     say(f"finished. Now: python sample.py -m {log_dir} -p {shlex.quote(args.sample_prompt)}")
     say(f"               python hellaswag.py -m {log_dir}")
     if args.demo_data:

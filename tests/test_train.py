@@ -216,6 +216,22 @@ def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(shards, whol
             train(shards, tmp_path / "x", "--init_from", whole[0], *flags)
 
 
+def test_eval_only_measures_the_newest_checkpoint_and_writes_nothing(shards, whole, tmp_path, capsys):
+    log_dir = shutil.copytree(whole[0], tmp_path / "log")
+    before = {path: path.read_bytes() for path in log_dir.rglob("*") if path.is_file()}
+    main(parse_args(list(map(str, flags_of(shards, log_dir, "--eval_only", "--sample_every", 4)))))
+    out = capsys.readouterr().out
+    assert f"val loss {float(whole[1][12, 'val']):.4f}" in out and f"{log_dir}/ckpt_000012" in out
+    assert "Hello, I'm a language model," in out and "finished" not in out and "saved" not in out
+    assert before == {path: path.read_bytes() for path in log_dir.rglob("*") if path.is_file()}
+    # another model on other data of the same tokenizer: here 300 tokens fewer
+    flags = ["--eval_only", "--init_from", whole[0] / "best", "--val_tokens", 700]
+    main(parse_args(list(map(str, flags_of(shards, tmp_path / "none", *flags)))))
+    assert "best" in capsys.readouterr().out and not (tmp_path / "none").exists()
+    with pytest.raises(train_gpt2.UserError, match="none does not exist"):
+        main(parse_args(["--eval_only", "--log_dir", str(tmp_path / "none")]))
+
+
 def test_shards_without_a_manifest_train_as_they_are(shards, tmp_path, capsys, monkeypatch):
     """build-nanogpt's, on a machine that has no GPT-2 vocabulary either."""
     shutil.copytree(shards, tmp_path / "data", ignore=shutil.ignore_patterns("*.json"))
