@@ -4,7 +4,8 @@
     python sample.py -m gpt2 -p "Once upon a time" -n 3
     python sample.py -m log -p @prompt.txt --temperature 0
 
-Without -p, on a terminal, it asks for prompts until an empty line.
+Without -p, on a terminal, it asks for prompts until an empty line. There, Ctrl-C stops a text, the arrow keys
+bring earlier prompts back, and /temp 0.7, /top_k 50, /top_p 0.9, /tokens 200, /seed 1 change the settings.
 """
 
 import argparse
@@ -15,6 +16,9 @@ from pathlib import Path
 
 from files import UserError, run
 
+# what can be typed between two prompts: the setting it changes, and of what kind that is
+COMMANDS = {"temp": ("temperature", float), "top_k": ("top_k", int), "top_p": ("top_p", float),
+            "tokens": ("max_new_tokens", int)}
 PROMPT = "Hello, I'm a language model,"
 
 
@@ -96,23 +100,54 @@ def read_prompt(prompt):
         raise UserError(f"-p {prompt}: can't be read as text ({error})") from error
 
 
-def typed_prompts():
-    """The prompts that a person types, up to an empty line or Ctrl-D."""
-    with contextlib.suppress(EOFError):
-        while prompt := input("prompt> "):
-            yield prompt
+def typed_prompts(settings, generator):
+    """The prompts that a person types, up to an empty line or Ctrl-D; /commands change the settings."""
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401 - makes input() know the arrow keys and a history
+    print("a prompt, /help, or an empty line to leave")
+    while True:
+        try:
+            line = input("prompt> ")
+        except EOFError:
+            return
+        except KeyboardInterrupt:  # drops the line, as shells do
+            print()
+            continue
+        if not line:
+            return
+        if line.startswith("/"):
+            name, _, value = line[1:].partition(" ")
+            print(change(settings, generator, name, value.strip()))
+        else:
+            yield line
+
+
+def change(settings, generator, name, value):
+    """Do what a line like "/temp 0.7" says; return the answer, which tells a mistake, too."""
+    try:
+        if name == "seed":
+            generator.manual_seed(int(value))
+            return f"seed {value}: from here the same prompts bring the same texts again"
+        setting, kind = COMMANDS[name]
+        off = value == "off" and name in ("top_k", "top_p")
+        changed = {**settings, setting: None if off else kind(value)}
+        check_sampling(torch.zeros(1, 1), **changed)
+        settings.update(changed)
+    except KeyError:
+        return "/temp 0.7, /top_k 50 or off, /top_p 0.9 or off, /tokens 200, /seed 1; Ctrl-C stops a text"
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a seed of more than 64 bits
+        return f"/{name} {value}: {error}"
+    return ", ".join(f"{setting} {value}" for setting, value in settings.items() if value is not None)
 
 
 def main(args):
-    settings = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    settings = {setting: getattr(args, setting) for setting, _ in COMMANDS.values()}
     try:
-        check_sampling(torch.zeros(1, 1), args.max_new_tokens, **settings)
+        check_sampling(torch.zeros(1, 1), **settings)
     except ValueError as error:
         raise UserError(f"--{error}") from error
     prompt = read_prompt(args.prompt)
-    prompts = [PROMPT if prompt is None else prompt]
-    if prompt is None and sys.stdin.isatty():
-        prompts = typed_prompts()
+    typed = prompt is None and sys.stdin.isatty()
     device = pick_device(args.device)
     if args.int8 and device != "cpu":
         raise UserError(f"--int8: its kernels run on the CPU, not on {device}; add -d cpu, or leave it out")
@@ -120,13 +155,17 @@ def main(args):
     if device == "cpu":
         pack(model, args.num_samples, args.int8)
     generator = torch.Generator(device).manual_seed(args.seed)
-    for prompt in prompts:
+    prompts = [PROMPT if prompt is None else prompt]
+    for prompt in typed_prompts(settings, generator) if typed else prompts:
         tokens, block_size = encode_prompt(prompt, tokenizer).size(1), model.config.block_size
         if tokens > block_size:
             print(f"the prompt has {tokens} tokens, the model reads the last {block_size}", file=sys.stderr)
         try:
-            print_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, generator,
-                          **settings)
+            print_samples(model, tokenizer, prompt, args.num_samples, generator=generator, **settings)
+        except KeyboardInterrupt:
+            if not typed:
+                raise
+            print()  # the text has ended, the program has not
         except ValueError as error:
             raise UserError(f"{args.model_type}: {error}") from error
 

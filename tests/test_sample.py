@@ -2,8 +2,10 @@
 
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -127,6 +129,43 @@ def test_prompts_are_typed_on_a_terminal_when_none_is_given(log_dir):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and out.count("prompt> ") == 3
     assert out.index("prompt> The first") < out.index("prompt> The second")
+
+
+def test_a_session_on_a_terminal(log_dir):
+    """Settings by /commands, a text stopped by Ctrl-C, the prompt before brought back by an arrow key."""
+    terminal, theirs = pty.openpty()
+    command = [sys.executable, "sample.py", "-m", log_dir, "-d", "cpu", "--max_new_tokens", "8"]
+    env = {**os.environ, "TERM": "vt100"}
+    process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+
+    def answer(typed, until="prompt> "):
+        os.write(terminal, typed)
+        shown = ""
+        while until not in shown:
+            shown += os.read(terminal, 4096).decode(errors="replace")
+        return shown.replace("\r", "")
+
+    assert "/help" in answer(b"")
+    assert "/top_k 50" in answer(b"/help\n")
+    assert "temperature 0.5" in answer(b"/temp 0.5\n") and "top_k 3" in answer(b"/top_k 3\n")
+    assert "top_k" not in answer(b"/top_k off\n").split("off")[1]
+    for mistake in ("/temp -1", "/temp hot", "/temp off", "/top_p 2", "/seed x", f"/seed {2**80}"):
+        assert f"{mistake}: " in answer(f"{mistake}\n".encode())
+    first, other = [answer(b"The first\n") for _ in range(2)]
+    assert first != other and "/seed" in answer(b"/seed 1337\n")
+    assert first == answer(b"The first\n")
+    answer(b"/seed 1337\n")
+    again = answer(b"\x1b[A\x1b[A\n")  # up, up: the prompt before
+    assert again.partition("\n")[2] == first.partition("\n")[2]
+    assert "max_new_tokens 1000000" in answer(b"/tokens 1000000\n")  # at 2 ms a token
+    assert "temperature 0.0" in answer(b"/temp 0\n")
+    answer(b"The last\n", until="\nThe last")
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    answer(b"")
+    assert time.monotonic() - started < 60 and "temperature 0.9" in answer(b"/temp 0.9\n")
+    os.write(terminal, b"\n")
+    assert process.wait(timeout=60) == 0
 
 
 def test_an_empty_prompt_starts_a_document(learned):
