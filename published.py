@@ -1,0 +1,17 @@
+"""Figures published for OpenAI's models, which a run is compared with. What is not known is left out."""
+
+# HellaSwag's 10,042 validation examples, zero-shot: (acc, acc_norm). "completion" is the protocol of
+# hellaswag.py, "harness" that of lm-evaluation-harness, which words the contexts otherwise and takes the mean
+# over characters. Source: the comments in https://github.com/karpathy/build-nanogpt/blob/master/hellaswag.py
+HELLASWAG = {
+    "gpt2": {"completion": (0.2859, 0.2955), "harness": (0.2892, 0.3114)},
+    "gpt2-xl": {"completion": (0.3842, 0.4893), "harness": (0.4004, 0.5089)},
+}
+
+# HellaSwag's validation set, zero-shot, of the GPT-3 of each size: Small, Medium, Large and XL of table H.1,
+# https://arxiv.org/abs/2005.14165
+GPT3_HELLASWAG = {"gpt2": 0.337, "gpt2-medium": 0.436, "gpt2-large": 0.510, "gpt2-xl": 0.547}
+
+# loss of OpenAI's 124M on FineWeb-Edu's val shard, in nats per token of GPT-2's tokenizer. Source: play.ipynb
+# in https://github.com/karpathy/build-nanogpt
+FINEWEB_EDU_LOSS = {"gpt2": 3.2924}
