@@ -35,17 +35,16 @@ def read_curves(log_dir):
 
 
 def read_facts(log_dir):
-    """What run.json says of a run's recipe: its flags, data_source and tokenizer, each empty if it does not.
+    """What run.json says of a run's recipe: a dict of flags, data_source and tokenizer, empty if it does not.
 
-    data_source: a dict, the "source" of the data's manifest. Raises UserError for a damaged run.json.
+    data_source is the "source" of the data's manifest. Raises UserError for a run.json that is damaged.
     """
     path = Path(log_dir) / "run.json"
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        facts = {name: facts.get(name) or {} for name in ("flags", "data_source", "tokenizer")}
-        facts["flags"].items(), facts["data_source"].items()
-        return facts
+        record = json.loads(path.read_text(encoding="utf-8"))
+        flags, data_source, tokenizer = map(record.get, ("flags", "data_source", "tokenizer"))
+        return dict(flags=dict(flags or {}), data_source=dict(data_source or {}), tokenizer=tokenizer)
     except FileNotFoundError:
-        return dict(flags={}, data_source={}, tokenizer={})
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return dict(flags={}, data_source={}, tokenizer=None)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}): remove it, it is a record only") from error
