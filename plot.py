@@ -99,10 +99,11 @@ def draw_panel(axes, stream, runs, lines):
     """Fill the panel of a stream. runs: [(curves, color)]; lines: {label: published value}."""
     title, form = PANELS[stream]
     alone = len(runs) == 1
-    # labels stand in the margin, seen is what the panel must have room for
-    labels, seen = [(value, f"{name} {value:g}", GREY) for name, value in lines.items()], [*lines.values()]
+    labels, seen = [], []  # what stands in the margin, and the values that the panel must have room for
     for name, value in lines.items():
         axes.axhline(value, color=GREY, linewidth=1, linestyle=(0, (5, 3)), label=name)
+        labels.append((value, f"{name} {value:g}", GREY))
+        seen.append(value)
     for curves, color in runs:
         for name in ("train", "val") if stream == "train" else (stream,):
             steps, values = map(np.array, curves.get(name, ((), ())))
@@ -127,11 +128,9 @@ def draw_panel(axes, stream, runs, lines):
                 steps, values = steps[1:], values[1:]
             axes.plot(*thinned(steps, values), "o-" if len(steps) < 30 else "-", color=color, markersize=4,
                       linewidth=1 if name in NOISY else 2, label=name)
-    low, high = min(seen, default=0), max(seen, default=1)
-    low = 0 if stream in FROM_ZERO else low
+    low, high = 0 if stream in FROM_ZERO else min(seen, default=0), max(seen, default=1)
     margin = 0.07 * (high - low) or 0.1 * abs(high) or 1
-    low, high = low - margin * (low != 0), high + margin
-    axes.set(title=title, ylim=(low, high))
+    axes.set(title=title, ylim=(low if stream in FROM_ZERO else low - margin, high + margin))
     place_labels(axes, sorted(labels))
 
 
@@ -157,6 +156,11 @@ def picture(log_dirs):
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
+    names = [Path(log_dir).resolve().name for log_dir in log_dirs]
+    if len(set(names)) < len(names):
+        names = list(map(str, log_dirs))
+    names = [name if len(name) < 44 else "..." + name[-40:] for name in names]
+    columns = 3 if max(map(len, names)) < 28 else 2
     runs = [(read_curves(log_dir), color) for log_dir, color in zip(log_dirs, COLORS)]
     lines = {}
     for log_dir in log_dirs:
@@ -173,7 +177,7 @@ def picture(log_dirs):
     loss = [streams.pop(0)] if streams[0] == "train" else []
     rows = [row for row in (loss, streams[:2], streams[2:4], streams[4:]) if row]
     row_heights = [3.5 if row == loss else 2.35 for row in rows]
-    top = 0.2 + 0.2 * -(-len(runs) // 3)  # the names, three in a line
+    top = 0.2 + 0.2 * -(-len(runs) // columns)  # the names
     width, height = 10.5, top + sum(row_heights) + 0.2
     figure = Figure((width, height), dpi=120, facecolor="white")
     for row, row_height in zip(rows, row_heights):
@@ -188,16 +192,13 @@ def picture(log_dirs):
             here = {label: value for (panel, label), value in lines.items() if panel == stream}
             draw_panel(axes, stream, runs, here)
 
-    names = [Path(log_dir).resolve().name for log_dir in log_dirs]
-    if len(set(names)) < len(names):
-        names = list(map(str, log_dirs))
-    handles = [Line2D([], [], color=color, linewidth=3 if len(runs) > 1 else 0) for _, color in runs]
-    legend = figure.legend(handles, [" "] * len(runs), loc="upper left", ncols=3, frameon=False, borderpad=0,
-                           bbox_to_anchor=(0.9 / width, 1 - 0.12 / height), borderaxespad=0,
-                           handlelength=2 if len(runs) > 1 else 0, handletextpad=0.8 if len(runs) > 1 else 0)
-    for text, name in zip(legend.get_texts(), names):
-        name = name.encode(errors="replace").decode()  # a name may be no UTF-8, and no mathematics between $
-        text.set(text=name if len(name) < 40 else "..." + name[-36:], parse_math=False, fontsize=11)
+    several = len(runs) > 1  # a single one has its name there, without a colour
+    legend = figure.legend([Line2D([], [], color=color, linewidth=3 * several) for _, color in runs],
+                           [" "] * len(runs), loc="upper left", ncols=columns, frameon=False,
+                           bbox_to_anchor=(0.9 / width, 1 - 0.12 / height), borderpad=0, borderaxespad=0,
+                           handlelength=2 * several, handletextpad=0.8 * several)
+    for text, name in zip(legend.get_texts(), names):  # no mathematics between two $, and any file's name
+        text.set(text=name.encode(errors="replace").decode(), parse_math=False, fontsize=11)
     return figure
 
 

@@ -61,7 +61,7 @@ def check(step, loss, log_dir, references=REFERENCES):
     if not losses:
         return None
     lowest, highest = min(losses.values()), max(losses.values())
-    if (1 - BAND) * lowest <= loss <= (1 + BAND) * highest:
+    if not (loss < (1 - BAND) * lowest or loss > (1 + BAND) * highest):  # NaN is training's own to tell
         return None
     side, known, causes = ("above", highest, ABOVE) if loss > highest else ("below", lowest, BELOW)
     names = ", ".join(f"{name} {known:.4f}" for name, known in losses.items())
