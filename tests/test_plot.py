@@ -176,7 +176,8 @@ def test_no_text_is_cut_or_lies_over_another(tmp_path, monkeypatch, count, name)
 
 
 def test_steps_that_stand_twice_and_a_torn_line(tmp_path):
-    (tmp_path / "log.txt").write_text("0 val 5\n1 val 4\n2 val 3\n1 val 4.5\n2 val 3.5\n3 val 2.5\n4 val 1")
+    log = "3 val 9\n0 val 5\n1 val 4\n2 val 3\n1 val 4.5\n2 val 3.5\n3 val 2.5\n4 val 1"
+    (tmp_path / "log.txt").write_text(log)
     assert read_curves(tmp_path) == {"val": ([0, 1, 2, 3], [5, 4.5, 3.5, 2.5])}
     assert panel(plot.picture([tmp_path]), "loss") == {"val": [(0, 5), (1, 4.5), (2, 3.5), (3, 2.5)]}
 
