@@ -81,6 +81,7 @@ def parse_args(argv=None):
     add("--save_every", type=int, default=1000, help="interval of checkpoints (none at step 0)")
     add("--keep", type=int, default=2, help="numbered checkpoints that stay, the newest")
     add("--keep_every", type=int, default=0, help="interval of checkpoints that stay for good")
+    add("--plot", action=switch, default=True, help="draw log_dir/curves.png at each evaluation")
     try:
         args = parser.parse_args(argv)
     except UnicodeDecodeError as error:
@@ -134,6 +135,8 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 import checkpoint  # noqa: E402
 import fineweb_edu  # noqa: E402
 import hellaswag  # noqa: E402
+import plot  # noqa: E402
+import reference  # noqa: E402
 from files import UNUSABLE_PATH, UserError, atomic_write, first_line, locked, naming, run, sync  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from sample import print_samples  # noqa: E402
@@ -560,6 +563,19 @@ def train(args, at_exit):
             raise UserError(f"before step {step}: {error}. {NOT_FINITE}") from error
         raw_model.train()
 
+    def report():
+        """What the log tells so far: a picture, and early on whether the loss is as others of the recipe."""
+        try:
+            if step in (250, 1000, 5000) and due(args.val_every):
+                off_track = reference.check(step, val_loss, log_dir)
+                if off_track:
+                    say(off_track)
+            if args.plot:
+                plot.draw([log_dir], log_dir / "curves.png")
+        except UserError as error:  # no matplotlib, or a reference that can't be read: no reason to end a run
+            args.plot = False
+            say(f"training goes on without curves: {error}")
+
     def save(path, optimizer=None):
         """Write a checkpoint of this step, on rank 0; the others wait until it stands."""
         if not all(p.isfinite().all() for p in raw_model.parameters()):
@@ -631,6 +647,8 @@ def train(args, at_exit):
                 accuracy = evaluate_hellaswag()
                 log(hella=accuracy)
                 say(f"step {step}: HellaSwag acc_norm {accuracy:.4f} on {len(examples)} examples")
+            if rank == 0 and (due(args.val_every) or due(args.hellaswag_every)):
+                report()
             if tokenizer and due(args.sample_every) and rank == 0:
                 sample()
             # the checkpoint it resumes from stands, unless a stop had saved it before it was evaluated

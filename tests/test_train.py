@@ -28,6 +28,8 @@ from conftest import (
 
 import checkpoint
 import demo
+import plot
+import reference
 import train_gpt2
 from train_gpt2 import get_lr, main, parse_args
 
@@ -257,6 +259,26 @@ def test_without_hellaswag_data_and_network_training_goes_on(shards, whole, tmp_
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     log = train(shards, tmp_path / "log", "--hellaswag_every", 4)
     assert capsys.readouterr().out.count("goes on without HellaSwag") == 1 and log == whole[1]
+
+
+def test_evaluations_are_drawn_and_compared_with_references(shards, tmp_path, monkeypatch, capsys):
+    checked, drawn = [], []
+    monkeypatch.setattr(reference, "check", lambda *args: checked.append(args) or "off the track")
+    draw = plot.draw
+    monkeypatch.setattr(plot, "draw", lambda *args: drawn.append(args) or draw(*args))
+    log = train(shards, tmp_path / "log", "--plot", "--max_steps", 260, "--val_every", 125, "--save_every", 0)
+    assert drawn == [([tmp_path / "log"], tmp_path / "log" / "curves.png")] * 4  # at 0, 125, 250 and 260
+    assert (tmp_path / "log" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    [(step, loss, log_dir)] = checked
+    assert (step, f"{loss:.10f}", log_dir) == (250, log[250, "val"], tmp_path / "log")
+    assert capsys.readouterr().out.count("off the track\n") == 1
+
+    def no_matplotlib(*_):
+        raise train_gpt2.UserError("pip install matplotlib")
+
+    monkeypatch.setattr(plot, "draw", no_matplotlib)
+    train(shards, tmp_path / "without", "--plot")
+    assert capsys.readouterr().out.count("without curves: pip install matplotlib") == 1
 
 
 def test_intervals(shards, tmp_path):
