@@ -66,7 +66,7 @@ def test_it_runs_on_a_run_and_makes_the_outputs_that_are_committed(whole, tmp_pa
     assert not any(folder.iterdir())
 
 
-@pytest.mark.filterwarnings("error", "ignore:FigureCanvasAgg is non-interactive")
+@pytest.mark.filterwarnings("error:__array", "ignore:FigureCanvasAgg is non-interactive")
 def test_it_runs_on_a_model_of_another_shape_without_a_log(learned, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 640, n_layer=1, n_head=1, n_embd=16, bias=False))  # its vocabulary is padded
