@@ -103,10 +103,12 @@ def test_what_is_not_finite_is_left_out(tmp_path):
     assert panel(figure, "loss") == {}
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_run_that_has_just_begun(tmp_path, steps):
     figure = plot.picture([write_run(tmp_path / "run", steps)])
     assert len(panel(figure, "loss")["train"]) == steps
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 2  # train and val of one run
     figure.savefig(tmp_path / "picture.png")
 
 
