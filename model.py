@@ -282,13 +282,15 @@ class GPT(nn.Module):
         return torch.cat([idx, *new], dim=1)
 
     @torch.inference_mode()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None,
+               with_logits=False):
         """Yield the next token of every prompt in idx (B, T), max_new_tokens times: (B, 1) ids.
 
         temperature 0 takes the likeliest token; top_k keeps the k likeliest; top_p keeps the likeliest that
         together reach that probability (https://arxiv.org/abs/1904.09751). generator: the torch.Generator to
-        draw from. Once the context is full, it goes on from its last half. Raises ValueError for settings
-        that mean nothing, and for logits that are not finite.
+        draw from. Once the context is full, it goes on from its last half. with_logits: yield pairs, the ids
+        and the model's own logits (B, num_tokens) before any of these settings. Raises ValueError for
+        settings that mean nothing, and for logits that are not finite.
         """
         check_sampling(idx, max_new_tokens, temperature, top_k, top_p)
         block_size = self.config.block_size
@@ -301,7 +303,7 @@ class GPT(nn.Module):
             logits = self.lm_head(x)[:, : self.config.num_tokens].float()  # the padding is never sampled
             unread = next_token(logits, temperature, top_k, top_p, generator)
             idx = torch.cat([idx[:, -block_size:], unread], dim=1)
-            yield unread
+            yield (unread, logits) if with_logits else unread
 
     def configure_optimizers(self, weight_decay, learning_rate, device_type):
         """AdamW as in the GPT-3 paper: matrices and embeddings decay, biases and LayerNorms do not."""
