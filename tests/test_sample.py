@@ -191,7 +191,7 @@ def test_gpt2_without_network_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb_edu.py", "hellaswag.py", "sample.py",
-                                    "bench.py", "checkpoint.py"])
+                                    "app.py", "bench.py", "checkpoint.py"])
 def test_help_and_wrong_flags_answer_before_torch_is_imported(script):
     process = run_script("-X", "importtime", script, "--help")
     assert "usage:" in process.stdout

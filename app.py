@@ -1,0 +1,222 @@
+"""A web page to try a GPT-2: it continues a prompt, and shows how likely each token was and what else might
+have come.
+
+    python app.py                       # the newest checkpoint of log/, gpt2 where there is none
+    python app.py -m log_demo --port 7861
+
+It needs `pip install gradio`, answers this machine alone unless --host says otherwise, and runs unchanged as
+a Space of Hugging Face, which calls it without flags.
+"""
+
+import argparse
+import codecs
+import contextlib
+import time
+from bisect import bisect
+from html import escape
+from pathlib import Path
+
+from files import UserError, run
+
+PAUSE = 0.05  # seconds between two updates of a page
+ALTERNATIVES = 6  # likeliest tokens to show for each one drawn
+LEVELS = (0.01, 0.1, 0.5, 0.9)  # probabilities at which the colour changes
+EXAMPLES = ("Hello, I'm a language model,", "Return the", "Once upon a time", "The capital of France is")
+
+CSS = """
+.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+#head h1 { font-size: 1.6rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
+#head p, .legend, .note { font-size: .9rem; margin: 0; opacity: .75; }
+#text { position: relative; font-size: 1.05rem; line-height: 1.75; }
+.text { min-height: 7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.prompt { font-weight: 600; }
+.level0 { background: rgb(234 88 12 / .42); }
+.level1 { background: rgb(234 88 12 / .18); }
+.level2 { background: rgb(128 128 128 / .12); }
+.level3 { background: rgb(37 99 235 / .14); }
+.level4 { background: rgb(37 99 235 / .34); }
+.token { border-radius: 3px; cursor: pointer; }
+.token:hover, .token:focus { outline: 2px solid var(--body-text-color); }
+.token::before { content: attr(data-mark); opacity: .5; }
+.list { position: absolute; z-index: 9; max-width: 100%; margin-top: .3rem; padding: .4rem;
+        border: 1px solid var(--border-color-primary); border-radius: 6px; box-shadow: 0 4px 14px #0003;
+        background: var(--background-fill-primary); font: .85rem/1.6 ui-monospace, Consolas, monospace;
+        white-space: pre; pointer-events: none; }
+.list div { padding-right: .5rem; overflow: hidden; text-overflow: ellipsis;
+            background: linear-gradient(rgb(128 128 128 / .25) 0 0) 0 / var(--share) no-repeat; }
+.legend { margin-top: 1rem !important; }
+.legend span { padding: .1rem .4rem; border-radius: 3px; white-space: nowrap; }
+"""
+
+LEGEND = '<p class="legend">Probability of each token: ' + " ".join(
+    f'<span class="level{level}">{name}</span>'
+    for level, name in enumerate(("under 1%", "1 to 10%", "10 to 50%", "50 to 90%", "over 90%"))
+) + "<br>It is the model's own, before temperature, top-k and top-p. Point at a token, or tap it.</p>"
+
+# the list of the token under the pointer or the focus, beneath it and inside the text's edges
+JS = """
+const list = document.createElement("div");
+list.className = "list";
+list.hidden = true;
+list.setAttribute("aria-live", "polite");
+element.after(list);
+for (const type of ["mouseover", "mouseleave", "focusin", "focusout"])
+  element.addEventListener(type, () => {
+    const token = element.querySelector(".token:hover") ?? element.querySelector(".token:focus");
+    list.hidden = !token;
+    if (!token) return;
+    list.replaceChildren(...token.dataset.list.split("\\n").map(text => {
+      const row = document.createElement("div");
+      row.textContent = text;
+      row.style.setProperty("--share", parseFloat(text) + "%");
+      return row;
+    }));
+    const right = list.offsetParent.clientWidth - list.offsetWidth;
+    list.style.left = Math.max(0, Math.min(token.offsetLeft, right)) + "px";
+    list.style.top = token.offsetTop + token.offsetHeight + "px";
+  });
+"""
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="A web page that continues prompts with a GPT-2, published or your own.",
+        usage="python app.py [-m MODEL] [-d DEVICE] [--host NAME] [--port PORT]",
+    )
+    parser.add_argument("-m", "--model_type", default="log" if Path("log").is_dir() else "gpt2",
+                        help="a run's log directory (its newest checkpoint), one checkpoint, gpt2, "
+                             "gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory; here %(default)s")
+    parser.add_argument("-d", "--device", help="cuda, mps or cpu (found by itself)")
+    parser.add_argument("--host", help="0.0.0.0 answers other machines too (GRADIO_SERVER_NAME, 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="(GRADIO_SERVER_PORT, else the first free one from 7860 on)")
+    args = parser.parse_args(argv)
+    if args.port is not None and not 0 < args.port < 65536:
+        parser.error("argument --port: must lie between 1 and 65535")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
+
+import torch  # noqa: E402
+
+from checkpoint import load_model_and_tokenizer, pick_device, read_meta, resolve  # noqa: E402
+from packed import pack  # noqa: E402
+from sample import encode_prompt  # noqa: E402
+
+
+def token_html(tokenizer, token, text, probs):
+    """A token as HTML, coloured by its probability; in data-list the likeliest in its place, one a line.
+
+    text: the characters that it completes, none for a part of one. probs: of all tokens, (V,).
+    """
+    top = probs.topk(min(ALTERNATIVES, len(probs)))
+    shown = dict(zip(top.indices.tolist(), top.values.tolist()))
+    shown.setdefault(token, probs[token].item())  # last, where it is none of the likeliest
+    rows = []
+    for other, prob in shown.items():
+        piece = tokenizer.decode_single_token_bytes(other)
+        with contextlib.suppress(UnicodeDecodeError):  # a part of a character is shown as its bytes
+            piece = piece.decode()
+        rows.append(f"{prob:7.2%} {'>' if other == token else ' '} {piece!r}")
+    level, likeliest = bisect(LEVELS, shown[token]), "\n".join(rows)
+    # what has no character of its own needs something to point at
+    mark = "<|endoftext|>" if token == tokenizer.eot_token else "·" if not text else "↵" * (text == "\n")
+    return (f'<span class="token level{level}" tabindex="0" data-mark="{escape(mark)}" '
+            f'data-list="{escape(likeliest)}">{escape(text)}</span>')
+
+
+def write(model, tokenizer, prompt, temperature, top_k, top_p, max_new_tokens, seed):
+    """Yield the prompt and its continuation as HTML that grows, at most every PAUSE seconds.
+
+    top_k 0 leaves all tokens, as top_p 1 does. Ends at <|endoftext|>. Raises UserError for a prompt or seed
+    that is none, ValueError as GPT.stream.
+    """
+    if not prompt:
+        raise UserError("There is no prompt: type a few words for the model to continue.")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise UserError("The seed must be a whole number from 0 to 2**63 - 1.")
+    device = model.transformer.wte.weight.device
+    idx = encode_prompt(prompt, tokenizer).to(device)  # (1, T)
+    html, tokens, block_size = "", idx.size(1), model.config.block_size
+    if tokens > block_size:
+        html = f'<p class="note">The prompt has {tokens} tokens, the model reads the last {block_size}.</p>'
+    html += f'<span class="prompt">{escape(prompt)}</span>'
+    generator = torch.Generator(device).manual_seed(seed)
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may take several tokens
+    shown = 0.0
+    for new, logits in model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, generator,
+                                    with_logits=True):
+        token = new.item()
+        ended = token == tokenizer.eot_token
+        text = utf8.decode(b"" if ended else tokenizer.decode_single_token_bytes(token))
+        html += token_html(tokenizer, token, text, logits[0].softmax(dim=-1))
+        if ended:
+            break
+        if time.monotonic() - shown > PAUSE:
+            yield html
+            shown = time.monotonic()
+    yield html + escape(utf8.decode(b"", final=True))
+
+
+def serve(model, tokenizer, name, facts, **settings):
+    """Put the page of a model on the net; settings: of gradio's `launch`. name and facts head the page."""
+    import gradio as gr
+
+    def respond(*values):
+        try:
+            yield from write(model, tokenizer, *values)
+        except ValueError as error:
+            raise gr.Error(escape(str(error)), print_exception=False) from error
+
+    with gr.Blocks(title=name, analytics_enabled=False) as page:
+        gr.HTML(f"<h1>{escape(name)}</h1><p>{escape(facts)}</p>", elem_id="head")
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300):
+                prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=3, max_lines=12)
+                gr.Examples(list(EXAMPLES), prompt, label="Examples", cache_examples=False)
+                with gr.Row():
+                    start = gr.Button("Generate", variant="primary", min_width=120)
+                    stop = gr.Button("Stop", min_width=120)
+                text = gr.HTML(html_template='<div class="text">${value}</div>' + LEGEND, js_on_load=JS,
+                               elem_id="text", container=True, padding=True, apply_default_css=False)
+            with gr.Column(scale=1, min_width=240):
+                inputs = [
+                    prompt,
+                    gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest"),
+                    gr.Slider(0, 200, 0, step=1, precision=0, label="Top-k", info="0: all tokens"),
+                    gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: all tokens"),
+                    gr.Slider(1, 512, 128, step=1, precision=0, label="New tokens"),
+                    gr.Number(1337, precision=0, label="Seed", info="same seed, same text"),
+                ]
+        # a few visitors at once; each holds a KV cache, so that more of them wait in line
+        writing = gr.on([start.click, prompt.submit], respond, inputs, text, show_progress="hidden",
+                        concurrency_limit=4, api_name="generate")
+        stop.click(None, cancels=writing)
+    theme = gr.themes.Default(primary_hue="blue", font=gr.themes.Font("system-ui"))  # no font is fetched
+    page.launch(theme=theme, css=CSS, footer_links=["gradio"], run_history=False, **settings)
+    return page
+
+
+def main(args):
+    device, source = pick_device(args.device), resolve(args.model_type)
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise UserError("the page is made with gradio, which is not installed: pip install gradio") from None
+    model, tokenizer = load_model_and_tokenizer(source, device)
+    name = Path(source).name
+    facts = f"{model.num_params():,} parameters, a context of {model.config.block_size:,} tokens"
+    if isinstance(source, Path):  # a run's checkpoint
+        name = source.resolve().parent.name
+        facts += f", step {read_meta(source, digests=False)['step']:,}"
+    if device == "cpu":
+        pack(model, 1)
+    try:
+        serve(model, tokenizer, name, facts, server_name=args.host, server_port=args.port)
+    except OSError as error:
+        raise UserError(f"--host, --port: no page can be served there ({error})") from error
+
+
+if __name__ == "__main__":
+    run(main, args)
