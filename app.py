@@ -11,6 +11,7 @@ a Space of Hugging Face, which calls it without flags.
 import argparse
 import codecs
 import contextlib
+import socket
 import time
 from bisect import bisect
 from html import escape
@@ -200,6 +201,11 @@ def serve(model, tokenizer, name, facts, **settings):
 
 def main(args):
     device, source = pick_device(args.device), resolve(args.model_type)
+    host, port = args.host or "127.0.0.1", args.port or 0
+    try:  # gradio would try for minutes
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: no page can be served there ({error})") from error
     try:
         import gradio  # noqa: F401
     except ImportError:
@@ -212,10 +218,7 @@ def main(args):
         facts += f", step {read_meta(source, digests=False)['step']:,}"
     if device == "cpu":
         pack(model, 1)
-    try:
-        serve(model, tokenizer, name, facts, server_name=args.host, server_port=args.port)
-    except OSError as error:
-        raise UserError(f"--host, --port: no page can be served there ({error})") from error
+    serve(model, tokenizer, name, facts, server_name=args.host, server_port=args.port)
 
 
 if __name__ == "__main__":

@@ -136,13 +136,13 @@ def test_characters_of_several_tokens_are_whole_and_the_text_ends(learned):
     assert last(write(fake(tokenizer, tokenizer.encode("é")[:1]))).endswith("\ufffd")  # it never came whole
 
 
-def test_html_is_text(loaded, learned):
+def test_html_is_text(loaded):
     prompt = "<b>&amp; <script>alert(1)</script> ${1 + 1} {{value}} <|endoftext|>"
     html = last(write(loaded, prompt))
     assert "<b>&amp; " not in html and "<script" not in html
     assert unescape(re.search('<span class="prompt">(.*?)</span>', html)[1]) == prompt
-    html = last(write(fake(checkpoint.get_tokenizer(learned), [*b"<i>"])))
-    assert "<i></" not in html
+    html = last(write(fake(loaded[1], loaded[1].encode("<i>&amp;"))))
+    assert "<i" not in html and "".join(token.text for token in tokens_of(html)) == "<i>&amp;"
 
 
 @pytest.mark.parametrize("values, words", [
@@ -171,6 +171,14 @@ def test_without_gradio_it_names_the_command(tmp_path, log_dir):
 ])
 def test_refusals(flags, words):
     assert refused(run_script("app.py", *flags, check=False), *words)
+
+
+def test_an_address_that_can_not_be_had_is_one_line(log_dir):
+    command = ["app.py", "-m", log_dir]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert refused(run_script(*command, "--port", port, check=False), f"--port {port}")
+    assert refused(run_script(*command, "--host", "192.0.2.1", check=False), "--host 192.0.2.1")
 
 
 # the page in a browser: python -m pytest -m browser
