@@ -161,7 +161,7 @@ def write(model, tokenizer, prompt, temperature, top_k, top_p, max_new_tokens, s
 
 
 def serve(model, tokenizer, name, facts, **settings):
-    """Put the page of a model on the net; settings: of gradio's `launch`. name and facts head the page."""
+    """Build the page of a model, headed by its name and facts, and launch it with gradio's `settings`."""
     import gradio as gr
 
     def respond(*values):
