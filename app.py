@@ -84,7 +84,7 @@ def parse_args(argv=None):
         description="A web page that continues prompts with a GPT-2, published or your own.",
         usage="python app.py [-m MODEL] [-d DEVICE] [--host NAME] [--port PORT]",
     )
-    parser.add_argument("-m", "--model_type", default="log" if Path("log").is_dir() else "gpt2",
+    parser.add_argument("-m", "--model_type", default="log" if list(Path("log").glob("ckpt_*")) else "gpt2",
                         help="a run's log directory (its newest checkpoint), one checkpoint, gpt2, "
                              "gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory; here %(default)s")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (found by itself)")
