@@ -82,6 +82,7 @@ def parse_args(argv=None):
     add("--keep", type=int, default=2, help="numbered checkpoints that stay, the newest")
     add("--keep_every", type=int, default=0, help="interval of checkpoints that stay for good")
     add("--plot", action=switch, default=True, help="draw log_dir/curves.png at each evaluation")
+    add("--track", choices=("wandb", "trackio", "tensorboard"), help="show the figures of log.txt there, too")
     try:
         args = parser.parse_args(argv)
     except UnicodeDecodeError as error:
@@ -119,6 +120,7 @@ import math  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
 import re  # noqa: E402
+import secrets  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -137,6 +139,7 @@ import fineweb_edu  # noqa: E402
 import hellaswag  # noqa: E402
 import plot  # noqa: E402
 import reference  # noqa: E402
+import tracking  # noqa: E402
 from files import UNUSABLE_PATH, UserError, atomic_write, first_line, locked, naming, run, sync  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from sample import print_samples  # noqa: E402
@@ -306,7 +309,7 @@ def main(args):
         if args.eval_only:  # a run of no steps from that model, whose log directory is thrown away
             args.init_from = args.init_from or str(checkpoint.resolve(args.log_dir))
             args.log_dir = at_exit.enter_context(tempfile.TemporaryDirectory())
-            args.max_steps, args.resume = 0, False
+            args.max_steps, args.resume, args.track = 0, False, None
         train(args, at_exit)
 
 
@@ -363,6 +366,8 @@ def train(args, at_exit):
     args.resume = bool(largest(args.resume or rank == 0 and restarted(log_dir / "run.json")))
     if not args.resume and (checkpoint.numbered(log_dir) or log_file.exists() and log_file.stat().st_size):
         raise UserError(f"--log_dir {log_dir} holds a run: --resume goes on with it, another one starts anew")
+    if args.track and rank == 0:
+        tracking.check(args.track, log_dir)
     shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "dropout", "bias")}
     try:
         config = GPTConfig(args.block_size, args.vocab_size, **shape)
@@ -465,7 +470,7 @@ def train(args, at_exit):
     raw_model.train()
 
     if rank == 0:
-        keep_log_before(log_file, start_step)
+        kept = keep_log_before(log_file, start_step)
 
     # --------------------------------------------------------------------- precision, optimizer, compile, DDP
 
@@ -525,6 +530,8 @@ def train(args, at_exit):
         if rank == 0:
             with naming(log_file), open(log_file, "a", encoding="utf-8") as file:
                 file.writelines(f"{step} {stream} {value:.10f}\n" for stream, value in values.items())
+            if tracker:
+                tracker.log(step, values)
 
     @torch.no_grad()
     def evaluate_loss():
@@ -609,11 +616,18 @@ def train(args, at_exit):
 
     # ------------------------------------------------------------------------------------------------ the run
 
+    tracker = None
     if rank == 0:
-        record_start(log_dir / "run.json", args, step=start_step, parameters=raw_model.num_params(),
-                     world_size=world_size, device=device, device_name=device_name, dtype=dtype,
-                     compiled=compiled is not raw_model, data_manifest=identity["data"],
-                     data_source=fineweb_edu.source_of(args.data_dir), tokenizer=identity["tokenizer"])
+        facts = dict(step=start_step, parameters=raw_model.num_params(), world_size=world_size, device=device,
+                     device_name=device_name, dtype=dtype, compiled=compiled is not raw_model,
+                     data_manifest=identity["data"], data_source=fineweb_edu.source_of(args.data_dir),
+                     tokenizer=identity["tokenizer"])
+        run_id = record_start(log_dir / "run.json", args, **facts)
+        if args.track:
+            config = {**vars(args), **facts}
+            tracker = at_exit.enter_context(tracking.Tracker(args.track, log_dir, run_id, config))
+            for number, figures in kept.items():
+                tracker.log(number, figures)
     epochs = args.max_steps * args.total_batch_size / (train_loader.num_windows * T)
     say(f"{raw_model.num_params():,} parameters, {dtype} on {device} ({device_name}), "
         + ("compiled" if compiled is not raw_model else "not compiled"))
@@ -778,31 +792,46 @@ def load_init(args, tokenizer, num_tokens):
 
 
 def keep_log_before(path, step):
-    """Drop the lines of steps >= step from log.txt, and the last line if a crash cut it short."""
+    """Drop the lines of steps >= step from log.txt, and the last line if a crash cut it short.
+
+    Returns the figures that stay: {step: {stream: value}}.
+    """
+    kept = {}
     if not path.exists():
-        return
+        return kept
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-    for number, line in enumerate(lines, start=1):
-        if len(line.split()) != 3 or not line.split()[0].isdigit():
-            raise UserError(f"{path}:{number} is no line of a log: {line.strip()!r}; remove it")
     with atomic_write(path) as file:
-        file.writelines(line for line in lines if int(line.split()[0]) < step)
+        for number, line in enumerate(lines, start=1):
+            try:
+                at, stream, value = line.split()
+                at, value = int(at), float(value)
+            except ValueError:
+                raise UserError(f"{path}:{number} is no line of a log: {line.strip()!r}; remove it") from None
+            if at < step:
+                file.write(line)
+                kept.setdefault(at, {})[stream] = value
+    return kept
 
 
 def record_start(path, args, **facts):
-    """run.json: the flags and what they met, of the last start at the top level, of all under "starts"."""
+    """run.json: the flags and what they met, of the last start at the top level, of all under "starts".
+
+    Returns the run's id, which a resumed run keeps: trackers know it by that.
+    """
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or not a checkout
         command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-    record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), flags=vars(args), **facts, git_commit=commit,
-                  torch=torch.__version__, python=platform.python_version(),
-                  torchrun=torchrun())
     starts = read_record(path)["starts"] if path.exists() else []
+    run_id = starts[-1].get("id") if args.resume and starts else None
+    record = dict(id=run_id or secrets.token_hex(4), time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                  flags=vars(args), **facts, git_commit=commit, torch=torch.__version__,
+                  python=platform.python_version(), torchrun=torchrun())
     with atomic_write(path) as file:
         json.dump({**record, "starts": [*starts, record]}, file, indent=1)
+    return record["id"]
 
 
 def read_record(path):
