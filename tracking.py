@@ -23,7 +23,7 @@ def check(kind, log_dir):
     # read when a package is imported or set up. Crash reports go to nobody unless the user says so, and a
     # server that is gone does not hold a finished run for ever
     log_dir = Path(log_dir)
-    for variable, value in dict(TRACKIO_DIR=log_dir / "trackio", WANDB_CACHE_DIR=log_dir / "wandb",
+    for variable, value in dict(TRACKIO_DIR=log_dir / "trackio", WANDB_CACHE_DIR=log_dir,
                                 WANDB_FINISH_TIMEOUT=300, WANDB_ERROR_REPORTING="false").items():
         os.environ.setdefault(variable, str(value))
     _, module, name = TRACKERS[kind]
@@ -52,7 +52,7 @@ def start_wandb(log_dir, name, run_id, config):
         directory, ids = Path(run.dir).parent, os.environ.get("WANDB_RUN_ID") or f"{run_id}-????"
         for old in directory.parent.glob(f"offline-run-*-{ids}"):
             if old != directory and not list(old.glob("*.synced")):
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
 
     def send(figures, step):
         run.log(figures, step=step, commit=True)
@@ -70,6 +70,7 @@ def start_trackio(log_dir, name, run_id, config):
 def start_tensorboard(log_dir, name, run_id, config):
     from torch.utils.tensorboard import SummaryWriter
 
+    # the old files are no loss, all comes again; purge_step is for one that can't be removed, as it is read
     shutil.rmtree(log_dir / "tensorboard", ignore_errors=True)
     writer = SummaryWriter(log_dir / "tensorboard", purge_step=0, flush_secs=10)
     writer.add_text("config", "".join(f"    {flag}: {value}\n" for flag, value in config.items()))
