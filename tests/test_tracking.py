@@ -80,7 +80,9 @@ def test_each_figure_once_after_two_kills(shards, whole, tmp_path, kind):
     flags, before = flags_of(shards, tmp_path / "log", "--track", kind), set(os.listdir(ROOT))
     os.environ.update(HOME=str(tmp_path / "home"), WANDB_MODE="offline", WANDB_PROJECT="mine")
     (tmp_path / "home").mkdir()
-    process = start_script("train_gpt2.py", *flags, fault="at(script, 'get_lr', 7, kill)")
+    # behind a second, when trackio's thread has written what came before
+    fault = "import time; at(script, 'get_lr', 7, lambda: time.sleep(1) or kill())"
+    process = start_script("train_gpt2.py", *flags, fault=fault)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     process = start_script("train_gpt2.py", *flags, "--resume", fault="at(script, 'get_lr', 4, kill)")
