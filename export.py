@@ -14,7 +14,7 @@ from pathlib import Path
 import checkpoint
 import tokenizer
 from files import UserError, beside, first_line
-from record import read_curves, read_facts
+from record import read_curves, read_record
 
 CARD = """\
 ---
@@ -93,12 +93,12 @@ def model_card(source, model, name):
     rows, data, results = [("weights from", source)], {}, None
     if isinstance(source, Path):  # a checkpoint of ours, which may lie apart from its run's directory
         meta, log_dir = checkpoint.read_meta(source, digests=False), source.parent
-        data, settings = read_facts(log_dir)["data_source"], meta.get("identity", {})
+        data, settings = read_record(log_dir)["data_source"], meta.get("identity", {})
         rows = [("steps", f"{meta['step']:,}")]
         for key, value in data.items():
             rows.append((key, value if isinstance(value, str) else ", ".join(file["name"] for file in value)))
         rows += [(setting, settings[setting]) for setting in SETTINGS if setting in settings]
-        curves = read_curves(log_dir) if (log_dir / "log.txt").exists() else {}
+        curves = read_curves(log_dir)
         for stream, meaning in FIGURES.items():
             measured = [pair for pair in zip(*curves.get(stream, ((), ()))) if pair[0] <= meta["step"]]
             if measured:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from files import UserError, atomic_write, run
 from published import FINEWEB_EDU_LOSS, GPT3_HELLASWAG, HELLASWAG_ACC_NORM
-from record import read_curves, read_facts
+from record import read_curves, read_record
 
 # stream: its panel's title, and how its values are written. val is drawn into the panel of train
 PANELS = {
@@ -63,14 +63,15 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 
 
-def published_lines(facts):
-    """What is published beside a run, {(stream, label): value}. facts: see `read_facts`."""
-    flags, lines = facts["flags"], {}
+def published_lines(record):
+    """What is published beside a run, {(stream, label): value}. record: see `read_record`."""
+    flags, lines = record["flags"], {}
     if (flags.get("n_layer"), flags.get("n_embd")) in SIZES:
         name, size, gpt3_size = SIZES[flags["n_layer"], flags["n_embd"]]
         lines["hella", f"GPT-2 {size}"] = HELLASWAG_ACC_NORM[name]
         lines["hella", f"GPT-3 {gpt3_size}"] = GPT3_HELLASWAG[name]
-    if facts["data_source"].get("dataset") == "HuggingFaceFW/fineweb-edu" and facts["tokenizer"] == "gpt2":
+    data = record["data_source"].get("dataset"), record.get("tokenizer")
+    if data == ("HuggingFaceFW/fineweb-edu", "gpt2"):
         lines["train", "GPT-2 124M"] = FINEWEB_EDU_LOSS["gpt2"]
     return lines
 
@@ -164,11 +165,11 @@ def picture(log_dirs):
     runs = [(read_curves(log_dir), color) for log_dir, color in zip(log_dirs, COLORS)]
     lines = {}
     for log_dir in log_dirs:
-        lines |= published_lines(read_facts(log_dir))
+        lines |= published_lines(read_record(log_dir))
     streams = {"train" if stream == "val" else stream for curves, _ in runs for stream in curves}
     streams = [stream for stream in PANELS if stream in streams]
     if not streams:
-        raise UserError(f"{log_dirs[0]}/log.txt holds no figures yet")
+        raise UserError(f"{log_dirs[0]} has no log.txt with figures yet: name a run's log directory")
     if len(streams) == len(PANELS) and sum("val_bpb" in curves for curves, _ in runs) == 1:
         streams.remove("val_bpb")  # the loss of one run on another scale, and there is no room for it
     last_step = max(steps[-1] for curves, _ in runs for steps, _ in curves.values()) or 1

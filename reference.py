@@ -8,7 +8,7 @@ counts, and its run.json. That may say less than a run's own does, for what it l
 import math
 from pathlib import Path
 
-from record import read_curves, read_facts
+from record import read_curves, read_record
 
 REFERENCES = Path(__file__).parent / "log/reference"
 
@@ -35,10 +35,10 @@ def loss_at(step, steps, losses):
 
 
 def same_recipe(reference, run):
-    """Whether a run is of a reference's recipe and data; both as `read_facts` has them."""
+    """Whether a run is of a reference's recipe and data; both as `read_record` has them."""
     flags = {name: value for name, value in reference["flags"].items() if name in RECIPE}
     data = reference["data_source"]
-    return (reference["tokenizer"] == run["tokenizer"] and data != {}
+    return (reference.get("tokenizer") == run.get("tokenizer") and data != {}
             and all(run["flags"].get(name) == value for name, value in flags.items())
             and all(run["data_source"].get(name) == value for name, value in data.items()))
 
@@ -53,9 +53,9 @@ def check(step, loss, log_dir, references=REFERENCES):
 
     log_dir: the run's, whose run.json says what it is. Raises UserError for a record that can't be read.
     """
-    run, losses = read_facts(log_dir), {}
+    run, losses = read_record(log_dir), {}
     for path in sorted(Path(references).glob("*/run.json")):
-        if same_recipe(read_facts(path.parent), run):
+        if same_recipe(read_record(path.parent), run):
             losses[path.parent.name] = loss_at(step, *read_curves(path.parent).get("val", ((), ())))
     losses = {name: known for name, known in losses.items() if known is not None}
     if not losses:

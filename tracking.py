@@ -6,6 +6,7 @@ killed, whenever tracking was switched on, and whatever had failed in between.
 """
 
 import importlib
+import itertools
 import os
 import secrets
 import shutil
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 from files import UserError, first_line
+from record import read_log
 
 ENDS = {"train", "skipped"}  # with one of these streams, the figures of a step are complete
 OFFLINE = ("offline", "dryrun")  # as WANDB_MODE may call it
@@ -94,13 +96,18 @@ class Tracker:
     """A tracked run, a context that finishes it. What its package fails at is said once; training goes on."""
 
     def __init__(self, kind, log_dir, run_id, config):
-        """run_id: the same at every start of a run. config: what the tracker shows of it, a flat dict."""
+        """Start it, and send what log.txt has and the tracker lacks.
+
+        run_id: the same at every start of a run. config: what the tracker shows of it, a flat dict.
+        """
         self.kind, self.failed = kind, False
         self.step, self.figures = None, {}  # not sent yet
         log_dir = Path(log_dir)
         start, *_ = TRACKERS[kind]
         started = self.attempt(start, log_dir, f"{log_dir.resolve().name}-{run_id}", run_id, config)
         self.first, self.send, self.finish = started or (0, None, None)
+        for step, lines in itertools.groupby(read_log(log_dir), key=lambda line: line[0]):
+            self.log(step, {stream: value for _, stream, value, _ in lines})
 
     def attempt(self, call, *args):
         try:

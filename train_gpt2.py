@@ -115,12 +115,10 @@ if __name__ == "__main__":
 import contextlib  # noqa: E402
 import ctypes  # noqa: E402
 import datetime  # noqa: E402
-import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
 import re  # noqa: E402
-import secrets  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -140,8 +138,9 @@ import hellaswag  # noqa: E402
 import plot  # noqa: E402
 import reference  # noqa: E402
 import tracking  # noqa: E402
-from files import UNUSABLE_PATH, UserError, atomic_write, first_line, locked, naming, run, sync  # noqa: E402
+from files import UNUSABLE_PATH, UserError, first_line, locked, naming, run, sync  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from record import keep_log_before, read_record, record_start  # noqa: E402
 from sample import print_samples  # noqa: E402
 from tokenizer import get_tokenizer  # noqa: E402
 
@@ -363,7 +362,7 @@ def train(args, at_exit):
         raise UserError(f"--log_dir {args.log_dir}: its name is not UTF-8")
     if rank == 0:
         at_exit.enter_context(locked(log_dir))
-    args.resume = bool(largest(args.resume or rank == 0 and restarted(log_dir / "run.json")))
+    args.resume = bool(largest(args.resume or rank == 0 and restarted(log_dir)))
     if not args.resume and (checkpoint.numbered(log_dir) or log_file.exists() and log_file.stat().st_size):
         raise UserError(f"--log_dir {log_dir} holds a run: --resume goes on with it, another one starts anew")
     if args.track and rank == 0:
@@ -470,7 +469,7 @@ def train(args, at_exit):
     raw_model.train()
 
     if rank == 0:
-        kept = keep_log_before(log_file, start_step)
+        keep_log_before(log_dir, start_step)
 
     # --------------------------------------------------------------------- precision, optimizer, compile, DDP
 
@@ -622,12 +621,13 @@ def train(args, at_exit):
                      device_name=device_name, dtype=dtype, compiled=compiled is not raw_model,
                      data_manifest=identity["data"], data_source=fineweb_edu.source_of(args.data_dir),
                      tokenizer=identity["tokenizer"])
-        run_id = record_start(log_dir / "run.json", args, **facts)
+        run_id = record_start(
+            log_dir, args.resume, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), flags=vars(args), **facts,
+            git_commit=git_commit(), torch=torch.__version__, python=platform.python_version(),
+            torchrun=torchrun())
         if args.track:
             config = {**vars(args), **facts}
             tracker = at_exit.enter_context(tracking.Tracker(args.track, log_dir, run_id, config))
-            for number, figures in kept.items():
-                tracker.log(number, figures)
     epochs = args.max_steps * args.total_batch_size / (train_loader.num_windows * T)
     say(f"{raw_model.num_params():,} parameters, {dtype} on {device} ({device_name}), "
         + ("compiled" if compiled is not raw_model else "not compiled"))
@@ -743,11 +743,10 @@ def train(args, at_exit):
         say("the real thing: python fineweb_edu.py && torchrun --standalone --nproc_per_node=8 train_gpt2.py")
 
 
-def restarted(path):
+def restarted(log_dir):
     """Whether torchrun has started this run before, as run.json tells, and does so again after a failure."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.exists():
-        return False
-    return read_record(path).get("torchrun") == torchrun()
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return again and read_record(log_dir).get("torchrun") == torchrun()
 
 
 def torchrun():
@@ -791,56 +790,11 @@ def load_init(args, tokenizer, num_tokens):
     return GPT.from_state(model.config, model.state_dict())  # built anew, for dropout is part of its layers
 
 
-def keep_log_before(path, step):
-    """Drop the lines of steps >= step from log.txt, and the last line if a crash cut it short.
-
-    Returns the figures that stay: {step: {stream: value}}.
-    """
-    kept = {}
-    if not path.exists():
-        return kept
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    with atomic_write(path) as file:
-        for number, line in enumerate(lines, start=1):
-            try:
-                at, stream, value = line.split()
-                at, value = int(at), float(value)
-            except ValueError:
-                raise UserError(f"{path}:{number} is no line of a log: {line.strip()!r}; remove it") from None
-            if at < step:
-                file.write(line)
-                kept.setdefault(at, {})[stream] = value
-    return kept
-
-
-def record_start(path, args, **facts):
-    """run.json: the flags and what they met, of the last start at the top level, of all under "starts".
-
-    Returns the run's id, which a resumed run keeps: trackers know it by that.
-    """
-    commit = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or not a checkout
+def git_commit():
+    """The commit of this program, or None where it is no checkout."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-        commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-    starts = read_record(path)["starts"] if path.exists() else []
-    run_id = starts[-1].get("id") if args.resume and starts else None
-    record = dict(id=run_id or secrets.token_hex(4), time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                  flags=vars(args), **facts, git_commit=commit, torch=torch.__version__,
-                  python=platform.python_version(), torchrun=torchrun())
-    with atomic_write(path) as file:
-        json.dump({**record, "starts": [*starts, record]}, file, indent=1)
-    return record["id"]
-
-
-def read_record(path):
-    """run.json as `record_start` has written it. Raises UserError."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {**record, "starts": [dict(start) for start in record["starts"]]}
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): remove it, it is a record only") from error
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
 
 
 def duration(seconds):

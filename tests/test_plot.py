@@ -66,7 +66,7 @@ def test_no_panel_without_its_stream(tmp_path):
     figure = plot.picture([write_run(tmp_path / "run", lr=lambda step: 1e-3)])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["learning rate"]
     write_run(tmp_path / "other", skipped=lambda step: 1)
-    with pytest.raises(UserError, match="no figures yet"):
+    with pytest.raises(UserError, match="no log.txt with figures"):
         plot.picture([tmp_path / "other"])
 
 
@@ -239,7 +239,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").exists()
     assert refused(run_script("plot.py", one, "--out", "curves.pdf", check=False), "curves.pdf", ".svg")
     assert refused(run_script("plot.py", *[one] * 8, check=False), "8 runs")
-    assert refused(run_script("plot.py", tmp_path / "none", check=False), tmp_path / "none" / "log.txt")
+    assert refused(run_script("plot.py", tmp_path / "none", check=False), tmp_path / "none", "log.txt")
 
 
 def test_it_needs_no_torch_and_says_what_it_needs(tmp_path, monkeypatch):
