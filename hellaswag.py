@@ -1,41 +1,73 @@
 """HellaSwag: which of four endings does the model find likeliest? (https://arxiv.org/abs/1905.07830)
 
     python hellaswag.py -m gpt2 -d cuda
-    python hellaswag.py -m log                # the newest checkpoint of a run
+    python hellaswag.py -m log --protocol both      # the newest checkpoint of a run
+    python hellaswag.py --compare log gpt2          # two models, a paired test, where they differ
 
-The completion protocol of the published GPT-2 reproductions: each ending is scored by the cross-entropy of
-its tokens behind the context. `acc` takes the ending with the lowest sum, `acc_norm` the one with the lowest
-mean. OpenAI's 124M reaches acc 0.2859, acc_norm 0.2955; the XL 0.3842 and 0.4893; chance is 0.25.
+Two protocols are in use, and their figures must not be mixed. Chance is 0.25 in both.
+
+                what is read             acc: the largest   acc_norm: that sum over
+    completion  ctx                      sum of the log-    the ending's tokens
+    harness     activity: ctx_a Ctx_b    likelihoods        the ending's characters
+
+                OpenAI's 124M            OpenAI's XL
+    completion  acc 0.2859 norm 0.2955   acc 0.3842 norm 0.4893
+    harness     acc 0.2892 norm 0.3114   acc 0.4004 norm 0.5089
+
+`completion` is that of the published GPT-2 reproductions. `harness` is the task `hellaswag` of
+lm-evaluation-harness (0.4), without examples in the prompt, which papers and leaderboards quote: the
+activity_label stands before the context, ctx_b is capitalised, and WikiHow's marks are cleaned away.
+
+The official file holds the context in two parts. Where one holds only ctx, harness assumes that ctx_b is what
+follows the last end of a sentence and begins in lower case, as "he" in "A man sits on a roof. he", and that
+it is empty otherwise; a ctx_a without a full stop, or a ctx_b with a capital, is not found that way.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
+import accuracy
 from files import UserError, atomic_write, fetch, run
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 VALIDATION_ROWS = 10042
 DATA = Path("hellaswag/hellaswag_val.jsonl")
+PROTOCOLS = ("completion", "harness")
+FIGURES = ("n", "acc", "acc_norm", "acc_stderr", "acc_norm_stderr")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Evaluate a GPT-2, published or your own, on HellaSwag's validation set.",
-        usage="[torchrun --nproc_per_node=N] hellaswag.py -m MODEL [-d DEVICE] [--data FILE] "
-              "[--limit N] [--json OUT]",
+        usage="[torchrun --nproc_per_node=N] hellaswag.py {-m MODEL | --compare A B} "
+              "[-d DEVICE] [--data FILE] [--flag value ...]",
     )
-    parser.add_argument("-m", "--model_type", default="gpt2",
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("-m", "--model_type", default="gpt2",
                         help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face directory, "
                              "a run's log directory or one checkpoint")
+    models.add_argument("--compare", nargs=2, metavar=("A", "B"),
+                        help="two such models on the same examples, and a paired test")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (found by itself)")
+    parser.add_argument("--protocol", choices=[*PROTOCOLS, "both"], default="completion",
+                        help="that of the GPT-2 reproductions, or lm-evaluation-harness's")
     parser.add_argument("--data",
                         help=f"a local .jsonl; by default the validation set, downloaded once to {DATA}")
     parser.add_argument("--limit", type=int, help="only the first N examples")
-    parser.add_argument("--json", metavar="OUT", help="write the result to this file, - for the terminal")
+    parser.add_argument("--by", choices=list(accuracy.GROUPS), help="the figures of each group, too")
+    parser.add_argument("--show", type=int, metavar="N",
+                        help="print the first N examples with their scores; with --compare, of those "
+                             "that only one got right")
+    parser.add_argument("--json", metavar="OUT",
+                        help="write the result to this file; - prints it, and nothing else")
     args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 1:
-        parser.error("argument --limit: must be at least 1")
+    for flag in ("limit", "show"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"argument --{flag}: must be at least 1")
+    if args.compare and args.compare[0] == args.compare[1]:
+        parser.error("argument --compare: name two different models")
     return args
 
 
@@ -93,10 +125,44 @@ def check_example(line, place):
     return example
 
 
-def render_example(example, tokenizer):
-    """The token ids of an example: the context, and four endings as they follow it, each behind a space."""
-    context = tokenizer.encode_ordinary(example["ctx"])
-    return context, [tokenizer.encode_ordinary(" " + ending) for ending in example["endings"]]
+def require(examples, path, names, flag):
+    """Raise a UserError with the line of the first example that lacks all of these fields."""
+    for number, example in enumerate(examples, start=1):
+        if accuracy.field(example, names) is None:
+            raise UserError(f"{path}:{number}: no {' or '.join(names)}, which {flag} needs; "
+                            "leave it out, or take the official file")
+
+
+def clean(text):
+    """Text without WikiHow's marks, exactly as lm-evaluation-harness does it."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def texts(example, protocol):
+    """What a model reads of an example, and its endings: a str and four, to be joined by a space."""
+    if protocol == "completion":
+        return example["ctx"], example["endings"]
+    ctx_a, ctx_b = example.get("ctx_a"), example.get("ctx_b")
+    if not isinstance(ctx_a, str) or not isinstance(ctx_b, str):  # assumed: see the top of this file
+        parts = re.fullmatch(r"(.*[.!?]\S*) ([^.!?]*)", example["ctx"], re.DOTALL)
+        ctx_a, ctx_b = parts.groups() if parts and parts[2][:1].islower() else (example["ctx"], "")
+    query = clean(f"{example['activity_label']}: {ctx_a} {ctx_b.capitalize()}")
+    return query, [clean(ending) for ending in example["endings"]]
+
+
+def render_example(example, tokenizer, protocol="completion"):
+    """The token ids of an example: the context, and four endings as they follow it, each behind a space.
+
+    The harness moves spaces at the context's end to the endings, encodes both together and cuts. That comes
+    to the same as encoding each: GPT-2's BPE joins nothing across a space behind another character.
+    """
+    context, endings = texts(example, protocol)
+    space = " "
+    if protocol == "harness":
+        context, space = context.rstrip(), context[len(context.rstrip()) :] + " "
+    # nothing is predicted from nothing: an empty context is the start of a document
+    ids = tokenizer.encode_ordinary(context) or [tokenizer.eot_token]
+    return ids, [tokenizer.encode_ordinary(space + ending) for ending in endings]
 
 
 class Row:
@@ -171,19 +237,20 @@ def score_batch(model, batch, device):
 
 
 def evaluate(model, tokenizer, examples, batch_tokens=None, rank=0, world_size=1,
-             before_batch=lambda: None, progress=False):
+             before_batch=lambda: None, progress=False, protocol="completion"):
     """Score a list of examples with a GPT in eval mode; all ranks of a process group return the whole result.
 
     Returns a dict: n, acc, acc_norm, acc_stderr, acc_norm_stderr, endings_cut (sequences longer than the
-    model's context) and predictions, predictions_norm (lists of n). before_batch is called before each
-    batch, the same number of times on every rank, and may raise to leave. batch_tokens bounds the tokens of
-    a forward pass.
+    model's context), predictions and predictions_norm (lists of n), and the scores that were compared, in
+    nats: loglikelihoods, and loglikelihoods_norm per token or character (lists of n lists of 4). protocol
+    is one of PROTOCOLS. before_batch is called before each batch, the same number of times on every rank,
+    and may raise to leave. batch_tokens bounds the tokens of a forward pass.
     """
     device = next(model.parameters()).device
     batch_tokens = batch_tokens or (2**16 if device.type == "cuda" else 2**11)
     rows, endings_cut = [], 0
     for index, example in enumerate(examples):
-        context, endings = render_example(example, tokenizer)
+        context, endings = render_example(example, tokenizer, protocol)
         new_rows, cut = rows_of(index, context, endings, model.config.block_size)
         rows += new_rows
         endings_cut += cut
@@ -207,18 +274,40 @@ def evaluate(model, tokenizer, examples, batch_tokens=None, rank=0, world_size=1
         torch.distributed.all_reduce(both)
         sums, counts = both.cpu()
 
-    labels = torch.tensor([example["label"] for example in examples])
-    predictions = sums.view(-1, 4).argmin(dim=1)
-    predictions_norm = (sums / counts).view(-1, 4).argmin(dim=1)
-    result = {"n": len(examples)}
-    for name, right in (("acc", predictions == labels), ("acc_norm", predictions_norm == labels)):
-        p = right.double().mean().item()
-        result[name] = p
-        # as lm-evaluation-harness has it
-        result[f"{name}_stderr"] = (p * (1 - p) / max(1, len(examples) - 1)) ** 0.5
-    result.update(endings_cut=endings_cut, predictions=predictions.tolist(),
-                  predictions_norm=predictions_norm.tolist())
-    return result
+    if protocol == "harness":  # per character
+        counts = torch.tensor([len(ending) for e in examples for ending in texts(e, protocol)[1]])
+    result = {"endings_cut": endings_cut}
+    for suffix, scores in (("", -sums), ("_norm", -sums / counts)):
+        scores = scores.view(-1, 4)
+        result[f"predictions{suffix}"] = scores.argmax(dim=1).tolist()
+        result[f"loglikelihoods{suffix}"] = scores.tolist()
+    return {**accuracy.figures(examples, result), **result}
+
+
+def summary(results):
+    """What --json holds of one model: its result, or where there are two protocols, both by their names."""
+    small = [{key: value for key, value in r.items() if "loglikelihoods" not in key} for r in results]
+    if len(small) == 1:
+        return small[0]
+    return {key: small[0][key] for key in FIGURES} | {result["protocol"]: result for result in small}
+
+
+def print_report(args, examples, results, comparisons):
+    """Everything for a person, the figures themselves last."""
+    if args.show:
+        indices = range(len(examples))
+        if comparisons:
+            indices = accuracy.differing(next(iter(comparisons.values())))
+        accuracy.print_examples(examples, indices[: args.show], results)
+    if args.by:
+        accuracy.print_groups(results, args.by)
+    accuracy.print_published(results, VALIDATION_ROWS)
+    for result in results:
+        accuracy.print_result(result)
+    if comparisons:
+        print(f"A is {args.compare[0]}, B is {args.compare[1]}")
+    for protocol, comparison in comparisons.items():
+        accuracy.print_comparison(comparison, protocol)
 
 
 def main(args):
@@ -234,20 +323,34 @@ def main(args):
         with rank_zero_first(rank, world_size):
             args.data = download()
     examples = list(iterate_examples(args.data))[: args.limit]
-    model, tokenizer = load_model_and_tokenizer(args.model_type, device)
-    result = evaluate(model, tokenizer, examples, rank=rank, world_size=world_size, progress=rank == 0)
+    protocols = PROTOCOLS if args.protocol == "both" else (args.protocol,)
+    if "harness" in protocols:
+        require(examples, args.data, ("activity_label",), f"--protocol {args.protocol}")
+    if args.by:
+        require(examples, args.data, accuracy.GROUPS[args.by], f"--by {args.by}")
+    names = args.compare or [args.model_type]
+    # both at once: a B that can't be loaded is refused before A is scored
+    models = [load_model_and_tokenizer(name, device) for name in names]
+
+    results = []  # those of A, then those of B. The protocols' contexts differ: there is no work to share
+    for name, (model, tokenizer) in zip(names, models):
+        for protocol in protocols:
+            result = evaluate(model, tokenizer, examples, rank=rank, world_size=world_size,
+                              progress=rank == 0, protocol=protocol)
+            if args.by:
+                result["groups"] = accuracy.figures_by(examples, result, args.by)
+            results.append({"model": name, "protocol": protocol, **result})
     if rank == 0:
+        a, b = results[: len(protocols)], results[len(protocols) :]
+        comparisons = {one["protocol"]: accuracy.compare(examples, one, other) for one, other in zip(a, b)}
+        report = summary(a) | ({"other": summary(b), "comparison": comparisons} if b else {})
         if args.json == "-":
-            print(json.dumps(result))
+            print(json.dumps(report))
         elif args.json:
             with atomic_write(args.json) as file:
-                json.dump(result, file)
-        cut = f", {result['endings_cut']} endings cut to the context of {model.config.block_size}"
-        print(
-            f"{args.model_type}: HellaSwag acc {result['acc']:.4f} ± {result['acc_stderr']:.4f}, "
-            f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} on {result['n']} examples"
-            + (cut if result["endings_cut"] else "")
-        )
+                json.dump(report, file)
+        if args.json != "-":
+            print_report(args, examples, results, comparisons)
     if world_size > 1:
         torch.distributed.barrier()  # no rank takes its end of a connection away while another still uses it
         torch.distributed.destroy_process_group()

@@ -1,13 +1,17 @@
-"""HellaSwag: the fast evaluation predicts what one example at a time does; bad files are refused by line."""
+"""HellaSwag: the fast evaluation predicts what one example at a time does, by both protocols; groups, two
+models compared; bad files are refused by line."""
 
 import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import refused, run_script
 
+import accuracy
 import hellaswag
+import published
 from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 
@@ -89,6 +93,126 @@ def test_real_examples(real_data, gpt2_tokenizer):
     check_against_naive(gpt(128, 50257), gpt2_tokenizer, examples[:60])
 
 
+@pytest.mark.parametrize("given, query, ending", [
+    # both halves of the official file: ActivityNet's captions, WikiHow's pages
+    (dict(ctx_a="A man sits.", ctx_b="he", ctx="another text"), "Roofs: A man sits. He", "b"),
+    (dict(ctx_a="A man.", ctx_b="the man in a BMW"), "Roofs: A man. The man in a bmw", "b"),
+    (dict(ctx_a="[header] How to nail [title] Buy nails.  Long ones. [step]  Use", ctx_b=""),
+     "Roofs: How to nail. Buy nails. Long ones.  Use", "b"),
+    (dict(ctx_a="Nail it. [step]", ctx_b=""), "Roofs: Nail it. ", "b"),
+    (dict(ctx_a="A.", ctx_b="", ending=" [title] Nail. [substeps] it  now "), "Roofs: A.",
+     " Nail. it now"),
+    # ctx alone
+    (dict(ctx="It rains. A man sits on a roof. he"), "Roofs: It rains. A man sits on a roof. He", "b"),
+    (dict(ctx='"It rains!" then they'), 'Roofs: "It rains!" Then they', "b"),
+    (dict(ctx="Buy nails. Use a Hammer."), "Roofs: Buy nails. Use a Hammer.", "b"),
+    (dict(ctx="Buy nails. Use a Hammer"), "Roofs: Buy nails. Use a Hammer", "b"),
+])
+def test_what_the_harness_reads(given, query, ending):
+    endings = [given.get("ending", "b"), "c", "d", "e"]
+    example = {"activity_label": "Roofs", "ctx": "", **given, "endings": endings}
+    assert hellaswag.texts(example, "harness") == (query, [ending, "c", "d", "e"])
+
+
+def with_parts(examples):
+    """The same as the official file has them; every third context ends in spaces once it is cleaned."""
+    return [{**e, "activity_label": f"Topic {i % 5}", "ctx_b": "",
+             "ctx_a": e["ctx"] + " [step]" * (i % 3 == 0),
+             "split_type": "indomain" if i % 4 else "zeroshot",
+             "endings": [f"{e['endings'][0]} für 5 €", *e["endings"][1:]]}  # more bytes than characters
+            for i, e in enumerate(examples)]
+
+
+def check_harness_against_naive(model, tokenizer, examples):
+    """The harness's way: the whole encoded and cut behind the context, and a sum per character."""
+    result = hellaswag.evaluate(model, tokenizer, examples, protocol="harness")
+    for i, example in enumerate(examples):
+        query, endings = hellaswag.texts(example, "harness")
+        context = query.rstrip()
+        sums = []
+        for ending in endings:
+            start = len(tokenizer.encode_ordinary(context))
+            sequence = tokenizer.encode_ordinary(query + " " + ending)[-(model.config.block_size + 1) :]
+            count = len(tokenizer.encode_ordinary(query + " " + ending)) - start
+            with torch.no_grad():
+                logits, _ = model(torch.tensor([sequence[:-1]]))
+            losses = F.cross_entropy(logits[0], torch.tensor(sequence[1:]), reduction="none")
+            sums.append(-losses[-count:].double().sum().item())
+        norm = [value / len(ending) for value, ending in zip(sums, endings)]
+        assert result["loglikelihoods"][i] == pytest.approx(sums, abs=1e-3)
+        assert result["loglikelihoods_norm"][i] == pytest.approx(norm, abs=1e-3)
+        assert result["predictions"][i] == sums.index(max(sums))
+        assert result["predictions_norm"][i] == norm.index(max(norm))
+    return result
+
+
+def test_harness_protocol_equals_one_ending_at_a_time(learned, examples):
+    tokenizer = get_tokenizer(learned)
+    result = check_harness_against_naive(gpt(512, 512), tokenizer, with_parts(examples))
+    assert result != hellaswag.evaluate(gpt(512, 512), tokenizer, with_parts(examples))
+    cut = check_harness_against_naive(gpt(64, 512), tokenizer, with_parts(examples))
+    assert cut["endings_cut"] > result["endings_cut"] == 0
+
+
+def test_harness_protocol_on_real_examples(real_data, gpt2_tokenizer):
+    """That no token reaches over the context's end is a property of GPT-2's pattern: all of the sample."""
+    examples = list(hellaswag.iterate_examples(real_data / "hellaswag_val_sample.jsonl"))
+    capitalised = 0
+    for example in examples:
+        query, endings = hellaswag.texts(example, "harness")
+        context, rendered = hellaswag.render_example(example, gpt2_tokenizer, "harness")
+        for ending, ids in zip(endings, rendered):
+            assert gpt2_tokenizer.encode_ordinary(f"{query} {ending}") == context + ids
+        capitalised += not query.endswith(example["ctx"]) and query.lower().endswith(example["ctx"].lower())
+    assert capitalised == 649  # all that do not end as a sentence
+    check_harness_against_naive(gpt(128, 50257), gpt2_tokenizer, examples[:1] + examples[-4:])
+
+
+def made_up(*right):
+    """Examples and a result of which acc_norm is right where `right` says so, and acc everywhere."""
+    examples = [{"label": i % 4, "activity_label": "archery" if i % 2 else "bowling", "split": "val"}
+                for i in range(len(right))]
+    result = {"predictions": [e["label"] for e in examples],
+              "predictions_norm": [(e["label"] + (not ok)) % 4 for e, ok in zip(examples, right)]}
+    return examples, {"model": "m", "protocol": "completion", "endings_cut": 0, **result,
+                      **accuracy.figures(examples, result)}
+
+
+def test_groups_are_the_examples_apart(capsys):
+    examples, result = made_up(True, False, True, False, False)
+    groups = accuracy.figures_by(examples, result, "activity")
+    assert list(groups) == ["bowling", "archery"]  # the largest first
+    assert [(g["n"], g["acc"], g["acc_norm"]) for g in groups.values()] == [(3, 1, 2 / 3), (2, 1, 0)]
+    assert groups["bowling"]["acc_norm_stderr"] == pytest.approx((2 / 9 / 2) ** 0.5)
+    assert list(accuracy.figures_by(examples, result, "split")) == ["val"]
+    examples[0]["split_type"] = "zeroshot"  # the official field comes first
+    assert list(accuracy.figures_by(examples, result, "split")) == ["val", "zeroshot"]
+    accuracy.print_groups([{**result, "groups": groups}], "activity", most=1)
+    printed = capsys.readouterr().out
+    assert "bowling" in printed and "archery" not in printed and "at most 2 examples: 1 more" in printed
+
+
+def test_mcnemar():
+    assert accuracy.mcnemar(0, 0) == accuracy.mcnemar(4, 4) == 1
+    assert accuracy.mcnemar(1, 9) == accuracy.mcnemar(9, 1) == 22 / 1024  # 2 (1 + 10) / 2 ** 10
+    assert accuracy.mcnemar(0, 10) == 2 / 1024
+    # of many examples: the normal distribution with half a throw's correction
+    assert accuracy.mcnemar(2400, 2600) == pytest.approx(math.erfc(199 / 5000**0.5 / 2**0.5), rel=1e-2)
+
+
+def test_comparison_of_two_results(capsys):
+    examples, a = made_up(True, False, True, False, True, False)
+    _, b = made_up(True, True, False, True, True, True)
+    comparison = accuracy.compare(examples, a, b)
+    assert comparison["acc"] == dict(difference=0, p=1, only_a=[], only_b=[])
+    norm = comparison["acc_norm"]
+    assert (norm["only_a"], norm["only_b"]) == ([2], [1, 3, 5])
+    assert norm["difference"] == pytest.approx(2 / 6) and norm["p"] == 10 / 16
+    accuracy.print_comparison(comparison, "completion")
+    printed = capsys.readouterr().out
+    assert "acc_norm +0.3333" in printed and "p 0.625" in printed and ": 1 2 3 5" in printed
+
+
 def test_contexts_are_read_once_and_only_endings_reach_the_head(learned, examples, monkeypatch):
     """The work, counted: tokens through the blocks and rows through the head, against the padded way."""
     tokenizer, model = get_tokenizer(learned), gpt(512, 512)
@@ -117,6 +241,74 @@ def test_command_with_a_checkpoint(tmp_path, examples, learned):
     assert json.loads((tmp_path / "two.json").read_text()) == result
 
 
+@pytest.fixture
+def two_models(tmp_path, examples, learned):
+    """A function that runs the command, in this process, on two checkpoints and the official format."""
+    import checkpoint
+
+    for name, seed in (("one", 0), ("two", 1)):
+        checkpoint.save(tmp_path / name / "ckpt_000000", 0, gpt(64, 512, seed), learned)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(e) + "\n" for e in with_parts(examples)))
+
+    def run(*flags):
+        flags = [*flags, "-d", "cpu", "--data", data, "--json", tmp_path / "out.json"]
+        hellaswag.main(hellaswag.parse_args(list(map(str, flags))))
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return tmp_path / "one", tmp_path / "two", run
+
+
+def test_command_with_both_protocols(two_models, learned, examples, capsys):
+    one, _, run = two_models
+    result = run("-m", one, "--protocol", "both", "--by", "split", "--show", 2)
+    printed = capsys.readouterr().out
+    for protocol in hellaswag.PROTOCOLS:
+        expected = hellaswag.evaluate(gpt(64, 512), get_tokenizer(learned), with_parts(examples),
+                                      protocol=protocol)
+        nested = result[protocol]
+        assert all(nested[key] == expected[key] for key in ("predictions", "predictions_norm", "endings_cut"))
+        assert list(nested["groups"]) == ["indomain", "zeroshot"] and nested["groups"]["zeroshot"]["n"] == 10
+        assert f"({protocol}): HellaSwag acc {expected['acc']:.4f}" in printed
+        for suffix in ("", "_norm"):
+            assert f"{expected[f'loglikelihoods{suffix}'][1][2]:9.3f}" in printed
+        for figure in (*published.HELLASWAG["gpt2"][protocol], *published.HELLASWAG["gpt2-xl"][protocol]):
+            assert f"{figure:.4f}" in printed
+    assert {key: result[key] for key in hellaswag.FIGURES} == {
+        key: result["completion"][key] for key in hellaswag.FIGURES}
+    assert "loglikelihoods" not in json.dumps(result) and "of all 10,042 validation examples" in printed
+    # a column of twelve characters for each figure, with one choice in it
+    lines = printed.partition("example 1:")[0].rstrip().splitlines()[-4:]
+    choices = [result[protocol][f"predictions{suffix}"][0] for protocol in hellaswag.PROTOCOLS
+               for suffix in ("", "_norm")]
+    assert len(set(choices)) > 1
+    assert choices == [[line[12 * i] for line in lines].index(">") for i in range(4)]
+    assert ["  * " in line for line in lines].index(True) == examples[0]["label"]
+    assert "".join(lines).count(">") == 4 and "".join(lines).count("  * ") == 1
+
+
+def test_command_compares_two_models(two_models, capsys):
+    one, two, run = two_models
+    alone = run("-m", two)
+    assert run("-m", one)["predictions"] != alone["predictions"]
+    capsys.readouterr()
+    result = run("--compare", one, two, "--show", 1)
+    printed = capsys.readouterr().out
+    assert result["model"] == str(one) and result["other"] == alone
+    norm = result["comparison"]["completion"]["acc_norm"]
+    assert norm["difference"] == alone["acc_norm"] - result["acc_norm"]
+    assert (len(norm["only_b"]) - len(norm["only_a"])) / 40 == pytest.approx(norm["difference"])
+    differing = sorted(norm["only_a"] + norm["only_b"])
+    assert f"example {differing[0]}:" in printed and printed.count("example ") == 1
+
+
+def test_json_on_the_terminal_is_all_there_is(tmp_path, two_models, capsys):
+    one, _, _ = two_models
+    hellaswag.main(hellaswag.parse_args(
+        ["-m", str(one), "-d", "cpu", "--data", str(tmp_path / "data.jsonl"), "--limit", "3", "--json", "-"]))
+    assert json.loads(capsys.readouterr().out)["n"] == 3
+
+
 def test_command_refusals(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("")
@@ -126,3 +318,17 @@ def test_command_refusals(tmp_path):
     assert refused(run_script(*command, data, "--json", "/nonexistent/out.json", check=False), "--json")
     data.write_text(json.dumps({"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 1}) + "\n")
     assert refused(run_script(*command, data, check=False), "nothing", "gpt2-xl")
+    # the example has neither an activity_label nor a split
+    for flags, name in ((["--protocol", "both"], "activity_label"), (["--by", "split"], "split_type")):
+        assert refused(run_script(*command, data, *flags, check=False), f"{data}:1", flags[0], name)
+    assert refused(run_script(*command, data, "--compare", "a", "b", check=False), "--compare", "-m")
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--compare", "a"], "--compare"), (["--compare", "a", "a"], "--compare"), (["--show", "0"], "--show"),
+    (["--protocol", "tokens"], "--protocol"), (["--by", "label"], "--by"), (["--limit", "0"], "--limit"),
+])
+def test_flags_that_mean_nothing(flags, word, capsys):
+    with pytest.raises(SystemExit) as exit:
+        hellaswag.parse_args(flags)
+    assert exit.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
