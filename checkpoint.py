@@ -61,6 +61,8 @@ NAME = re.compile(r"ckpt_(\d{6,})$")
 KINDS = dict(step=int, config=dict, files=dict, identity=dict, val_loss=(float, type(None)), best_val=float,
              dtype=str, scaler=dict, skipped=int)
 REQUIRED = ("step", "config", "files")
+SCALER = dict(scale=float, growth_factor=float, backoff_factor=float, growth_interval=int,
+              _growth_tracker=int)  # of a GradScaler, for fp16
 
 
 class DamagedCheckpoint(UserError):
@@ -150,6 +152,8 @@ def read_meta(path, digests=True):
         if (not all(isinstance(meta.get(key), KINDS[key]) for key in KINDS if key in meta or key in REQUIRED)
                 or "model.safetensors" not in meta["files"]
                 or not all({"bytes", "digest"} <= entry.keys() for entry in meta["files"].values())
+                or meta.get("scaler") and not all(isinstance(meta["scaler"].get(key), kind)
+                                                  for key, kind in SCALER.items())
                 or number and int(number[1]) != meta["step"]):
             raise DamagedCheckpoint(f"{path}/meta.json does not describe this checkpoint")
         for name, expected in meta["files"].items():

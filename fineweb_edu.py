@@ -399,7 +399,7 @@ def write_manifest(data_dir, manifest):
 
 def has(entry, kinds):
     """Whether a dict has these keys, each with a value of its kind."""
-    return all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    return all(key in entry and isinstance(entry[key], kind) for key, kind in kinds.items())
 
 
 def read_manifest(data_dir):

@@ -560,7 +560,7 @@ def test_any_manifest_opens_its_shards_or_is_refused_in_one_line(shards, interru
         answer(fineweb_edu.prepare, interrupted[0], data_dir, *interrupted[2:])
         assert not list(data_dir.glob(".*.tmp")) and before <= {file.name for file in data_dir.iterdir()}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fineweb_edu, "hub_files", lambda dataset, name: [str(interrupted[0][0])])
+            patch.setattr(fineweb_edu, "hub_files", lambda *_: [str(interrupted[0][0])])
             flags = ["--data_dir", str(data_dir), "--dataset", "a/b", "--tokenizer", interrupted[3]]
             assert run_script(fineweb_edu, flags)[0] == 2
 
@@ -640,7 +640,7 @@ def check_run(shards, flags):
         values.update(log_dir=path / args.log_dir, data_dir=path / args.data_dir, device="cpu",
                       hellaswag_data=path / "hellaswag.jsonl")
         argv = [f"--{flag}={value}" for flag, value in values.items() if flag != "bias"]
-        argv += ["--bias" if args.bias else "--no-bias", "--no-compile"]
+        argv += ["--bias" if args.bias else "--no-bias", "--no-compile", "--no-plot"]
         status, printed = run_script(train_gpt2, argv)
         log_dir = values["log_dir"]
         if status == 2 and not os.path.isdir(log_dir):  # Path.is_dir raises where a name is too long
