@@ -128,11 +128,12 @@ def print_published(results, whole):
     for model, published in HELLASWAG.items():
         rows[f"{model}, published"] = [value for protocol in protocols for value in published[protocol]]
     print_table([["", *(f"{protocol} {metric}" for protocol in protocols for metric in METRICS)],
-                 *([model, *(f"{value:.4f}" for value in values)] for model, values in rows.items())])
+                 *([model, *("-" if value is None else f"{value:.4f}" for value in values)]
+                   for model, values in rows.items())])
     if results[0]["n"] != whole:
         print(f"published: of all {whole:,} validation examples; here: of {results[0]['n']:,}")
-    print("GPT-3 of these sizes, by its paper's own protocol:",
-          ", ".join(f"{model} {value:.3f}" for model, value in GPT3_HELLASWAG.items()), end="\n\n")
+    print("GPT-3 by its paper's own protocol, 125M, 350M, 760M and 1.3B:",
+          ", ".join(f"{value:.3f}" for value in GPT3_HELLASWAG.values()), end="\n\n")
 
 
 def print_result(result):

@@ -264,10 +264,13 @@ def resolve(source):
     if path.is_dir():
         newest, skipped = latest(path)
         if newest is not None:
+            for reason in skipped:
+                print(f"passed over: {reason}", file=sys.stderr)
             return newest
         if (path / "best").is_dir() and not skipped:
             return path / "best"
-        raise UserError(f"{source} holds no valid checkpoint" + "".join(f"; {reason}" for reason in skipped))
+        raise UserError(f"{source} holds no valid checkpoint" + "".join(f"; {reason}" for reason in skipped)
+                        + f": python train_gpt2.py --log_dir {source} makes one, others have other names")
     kind = "is not a checkpoint directory" if path.exists() else "does not exist"
     raise UserError(f"{source} {kind}: name one of {', '.join(GPT2_SIZES)}, a log directory "
                     "(python train_gpt2.py makes one), a checkpoint in it, or a Hugging Face directory")
@@ -299,8 +302,8 @@ def load_model_and_tokenizer(source, device="cpu"):
     source = resolve(source)
     model, tokenizer = load_model(source, device), get_tokenizer(tokenizer_path(source))
     if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} ids, "
-                        f"the model {model.config.vocab_size}")
+        raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} ids, the model "
+                        f"{model.config.vocab_size}; put the tokenizer.json it was trained with beside it")
     model.config.num_tokens = tokenizer.n_vocab  # a Hugging Face config doesn't tell tokens from padding
     return model, tokenizer
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import checkpoint
 import tokenizer
 from files import UserError, beside, first_line
+from hellaswag import VALIDATION_ROWS
 from record import read_curves, read_record
 
 CARD = """\
@@ -93,7 +94,8 @@ def model_card(source, model, name):
     rows, data, results = [("weights from", source)], {}, None
     if isinstance(source, Path):  # a checkpoint of ours, which may lie apart from its run's directory
         meta, log_dir = checkpoint.read_meta(source, digests=False), source.parent
-        data, settings = read_record(log_dir)["data_source"], meta.get("identity", {})
+        record, settings = read_record(log_dir), meta.get("identity", {})
+        data = record["data_source"]
         rows = [("steps", f"{meta['step']:,}")]
         for key, value in data.items():
             rows.append((key, value if isinstance(value, str) else ", ".join(file["name"] for file in value)))
@@ -103,10 +105,13 @@ def model_card(source, model, name):
             measured = [pair for pair in zip(*curves.get(stream, ((), ()))) if pair[0] <= meta["step"]]
             if measured:
                 step, value = measured[-1]
-                rows.append((meaning, f"{value:.4f} at step {step:,}"))
                 if stream == "hella":
-                    task, dataset = "text-generation", "Rowan/hellaswag"
-                    results = [EvalResult(task, dataset, "HellaSwag", "acc_norm", value)]
+                    count = record.get("hellaswag_examples")
+                    meaning += f", {count} examples"
+                    if count == VALIDATION_ROWS:  # less is no result of the benchmark
+                        task, dataset = "text-generation", "Rowan/hellaswag"
+                        results = [EvalResult(task, dataset, "HellaSwag", "acc_norm", value)]
+                rows.append((meaning, f"{value:.4f} at step {step:,}"))
     front_matter = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"], eval_results=results,
         model_name=Path(name).name, datasets=[data["dataset"]] if "dataset" in data else None)

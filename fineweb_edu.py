@@ -36,7 +36,7 @@ from tokenizer import get_fast_tokenizer, get_tokenizer
 MANIFEST = "manifest.json"
 PROVED = ".proved.json"  # size and time of each shard when its digest was last found right
 FORMAT = "uint16 token shards, version 1"
-SHARD_NAME = re.compile(r"_(train|val)_(\d{6})\.(npy|bin)$")
+SHARD_NAME = re.compile(r"_(train|val)(?:_(\d{6}))?\.(npy|bin)$")  # llm.c's small ones have no number
 BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 256  # llm.c's: magic, version, number of ids, zeros: int32
 # by name: repository, configuration and revision on the hub. OpenWebText's own branch is a script, which the
 # datasets library does not run any more; the hub keeps its texts as parquet on another
@@ -68,7 +68,7 @@ def parse_args(argv=None):
                         help="check every shard of a directory against its manifest")
     parser.add_argument("--name", help="the dataset's configuration, as sample-10BT or sample-100BT")
     parser.add_argument("--revision", help="of the dataset: a commit, branch or tag")
-    parser.add_argument("--data_dir", help="where they go: edu_fineweb10B, data/NAME of another dataset")
+    parser.add_argument("--data_dir", help="where they go: edu_fineweb10B, data/NAME of others")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or a file made by tokenizer.py")
     parser.add_argument("--text_column", default="text", help="where .jsonl and .parquet hold the text")
     parser.add_argument("--shard_size", type=int, default=10**8, help="tokens in a shard")
@@ -88,8 +88,8 @@ def parse_args(argv=None):
         if getattr(args, flag) and (args.input or args.dataset in TEXTS):
             parser.error(f"argument --{flag}: goes with a --dataset of the hub")
     if args.data_dir is None:
-        other = args.dataset.rpartition("/")[2] if args.dataset != "fineweb-edu" else None
-        args.data_dir = f"data/{other}" if other else "edu_fineweb10B"
+        name = Path(args.input[0]).name.partition(".")[0] if args.input else args.dataset.rpartition("/")[2]
+        args.data_dir = "edu_fineweb10B" if name == "fineweb-edu" and not args.input else f"data/{name}"
     if args.dataset in DATASETS:
         args.dataset, name, revision = DATASETS[args.dataset]
         args.name, args.revision = args.name or name, args.revision or revision
@@ -555,11 +555,11 @@ def open_shards(data_dir, split):
             raise UserError(f"{data_dir / name} {what}; prepare the data anew, or restore it")
     names = sorted(name for name in found if SHARD_NAME.search(name).group(1) == split)
     if not names:
-        raise UserError(f"no {split} shards in {data_dir}; "
-                        f"python fineweb_edu.py --data_dir {data_dir} makes them")
+        raise UserError(f"no {split} shards in {data_dir}: python fineweb_edu.py makes them of a dataset "
+                        f"(--dataset NAME) or of your files (--input FILE --data_dir {data_dir})")
     if len({SHARD_NAME.search(name).group(3) for name in names}) > 1:
         raise UserError(f"{data_dir} holds {split} shards as .npy and as .bin: remove one kind")
-    numbers = [int(SHARD_NAME.search(name).group(2)) for name in names]
+    numbers = [int(SHARD_NAME.search(name).group(2) or 0) for name in names]
     for before, after in zip(numbers, numbers[1:]):
         if after != before + 1:
             raise UserError(f"{data_dir}: {split} shard {before + 1:06d} is missing "
@@ -575,7 +575,7 @@ def open_shards(data_dir, split):
         try:
             tokens = open_bin(path) if path.suffix == ".bin" else np.load(path, "r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise UserError(f"{path} is not a whole {path.suffix} file ({error}); prepare it anew") from error
+            raise UserError(f"{path} is not a whole {path.suffix} file ({error}); get it anew") from error
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise UserError(f"{path} holds {tokens.ndim}-D {tokens.dtype}, not 1-D uint16; prepare it anew")
         if manifest is not None and len(tokens) != expected[name]["tokens"]:
@@ -588,10 +588,12 @@ def open_bin(path):
     """The ids of a .bin shard, memory-mapped. Raises ValueError for what is none."""
     import numpy as np
 
+    start = 4 * BIN_HEADER
+    if path.stat().st_size < start:
+        raise ValueError(f"it has {path.stat().st_size} bytes, fewer than its header")
     magic, version, size = np.fromfile(path, dtype="<i4", count=3)
     if (magic, version) != (BIN_MAGIC, BIN_VERSION):
         raise ValueError(f"its header is {magic}, {version}; GPT-2's of llm.c is {BIN_MAGIC}, {BIN_VERSION}")
-    start = 4 * BIN_HEADER
     if path.stat().st_size != start + 2 * size:
         raise ValueError(f"it has {path.stat().st_size} bytes, its header says {start + 2 * size}")
     return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(int(size),))
@@ -610,8 +612,12 @@ def tokenizer_of(data_dir):
 
 
 def source_of(data_dir):
-    """What the shards of a directory were made from, by its manifest: a dict, empty where it has none."""
-    source = (read_manifest(data_dir) or {}).get("source", {})
+    """What the shards of a directory were made from, by its manifest or their names: a dict, or empty."""
+    manifest = read_manifest(data_dir)
+    if manifest is None:  # as build-nanogpt and llm.c name theirs
+        known = all(re.match("edu_?fineweb_", path.name) for path, _ in open_shards(data_dir, "train"))
+        return {"dataset": DATASETS["fineweb-edu"][0], "known": "by the shards' names"} if known else {}
+    source = manifest["source"]
     # the files of a hub's dataset follow from its revision
     return {key: value for key, value in source.items() if value and not (key == "files" and "ref" in source)}
 

@@ -265,10 +265,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, x, targets):
-        """Cross-entropy of each target (N,) given its features (N, C), in nats, without a gradient: (N,)."""
+        """Cross-entropy of each target (N,) given its features (N, C), in nats, without a gradient: (N,).
+
+        As of a model without padding, which is what an export is.
+        """
         losses = torch.empty(len(x), device=x.device)
         for rows in row_slices(x, self.config.vocab_size):
             logits = self.lm_head(x[rows]).float()  # (n, V)
+            logits[:, self.config.num_tokens :] = -torch.inf  # no probability is lost to the padding
             log_probs = torch.log_softmax(logits, dim=-1, out=logits)  # in place: it is large
             losses[rows] = -log_probs.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
         return losses
@@ -429,7 +433,7 @@ class GPT(nn.Module):
         state["transformer.wte.weight"] = state["transformer.wte.weight"][: c.num_tokens]
         state["lm_head.weight"] = state["transformer.wte.weight"]
         hf_model.load_state_dict(state)
-        hf_model.generation_config.pad_token_id = end_of_text  # else a batch of prompts is warned about
+        hf_model.generation_config.pad_token_id = end_of_text  # what generate() takes, with a warning
         hf_model.save_pretrained(directory)
 
 

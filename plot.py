@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from files import UserError, atomic_write, run
-from published import FINEWEB_EDU_LOSS, GPT3_HELLASWAG, HELLASWAG_ACC_NORM
+from published import FINEWEB_EDU_LOSS, GPT3_HELLASWAG, HELLASWAG
 from record import read_curves, read_record
 
 # stream: its panel's title, and how its values are written. val is drawn into the panel of train
@@ -68,7 +68,7 @@ def published_lines(record):
     flags, lines = record["flags"], {}
     if (flags.get("n_layer"), flags.get("n_embd")) in SIZES:
         name, size, gpt3_size = SIZES[flags["n_layer"], flags["n_embd"]]
-        lines["hella", f"GPT-2 {size}"] = HELLASWAG_ACC_NORM[name]
+        lines["hella", f"GPT-2 {size}"] = HELLASWAG[name]["completion"][1]
         lines["hella", f"GPT-3 {gpt3_size}"] = GPT3_HELLASWAG[name]
     data = record["data_source"].get("dataset"), record.get("tokenizer")
     if data == ("HuggingFaceFW/fineweb-edu", "gpt2"):
@@ -220,6 +220,7 @@ def draw(log_dirs, out):
 
 
 def main(args):
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     draw(args.log_dirs, args.out)
     print(args.out)
 

@@ -113,7 +113,7 @@ def typed_prompts(settings, generator):
         except KeyboardInterrupt:  # drops the line, as shells do
             print()
             continue
-        if not line:
+        if line in ("", "/quit", "/exit"):
             return
         if line.startswith("/"):
             name, _, value = line[1:].partition(" ")
@@ -134,7 +134,8 @@ def change(settings, generator, name, value):
         check_sampling(torch.zeros(1, 1), **changed)
         settings.update(changed)
     except KeyError:
-        return "/temp 0.7, /top_k 50 or off, /top_p 0.9 or off, /tokens 200, /seed 1; Ctrl-C stops a text"
+        return ("/temp 0.7, /top_k 50 or off, /top_p 0.9 or off, /tokens 200, /seed 1; Ctrl-C stops a text, "
+                "/quit or an empty line the session")
     except (ValueError, RuntimeError) as error:  # RuntimeError: a seed of more than 64 bits
         return f"/{name} {value}: {error}"
     return ", ".join(f"{setting} {value}" for setting, value in settings.items() if value is not None)

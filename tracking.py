@@ -34,11 +34,13 @@ def check(kind, log_dir):
         getattr(module, name)  # a mere directory of that name, as a run may leave, can be imported too
     except (ImportError, AttributeError) as error:
         raise UserError(f"--track {kind}: {first_line(error)}; pip install {kind}") from error
-    if kind == "wandb" and module.setup().settings.mode not in OFFLINE:
+    if kind == "wandb":
         try:
-            module.login(verify=False)  # on a terminal it asks for a key
+            if module.setup().settings.mode not in OFFLINE:
+                module.login(verify=False)  # on a terminal it asks for a key
         except Exception as error:
-            raise UserError(f"--track wandb: {first_line(error)}; WANDB_MODE=offline needs none") from error
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--track wandb: {reason}; WANDB_MODE=offline needs no account") from error
 
 
 def start_wandb(log_dir, name, run_id, config):

@@ -455,8 +455,9 @@ def train(args, at_exit):
             say(f"changed: {change}")
         say(f"resuming {newest} at step {start_step}")
     elif args.init_from:
-        raw_model = load_init(args, tokenizer, num_tokens).to(device)
-        say(f"the weights are those of {args.init_from}")
+        raw_model, taken = load_init(args, tokenizer, num_tokens)
+        raw_model.to(device)
+        say(f"the weights and the shape are those of {args.init_from}: {taken}")
     else:
         torch.manual_seed(args.seed)
         try:
@@ -620,7 +621,7 @@ def train(args, at_exit):
         facts = dict(step=start_step, parameters=raw_model.num_params(), world_size=world_size, device=device,
                      device_name=device_name, dtype=dtype, compiled=compiled is not raw_model,
                      data_manifest=identity["data"], data_source=fineweb_edu.source_of(args.data_dir),
-                     tokenizer=identity["tokenizer"])
+                     tokenizer=identity["tokenizer"], hellaswag_examples=examples and len(examples))
         run_id = record_start(
             log_dir, args.resume, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), flags=vars(args), **facts,
             git_commit=git_commit(), torch=torch.__version__, python=platform.python_version(),
@@ -766,18 +767,17 @@ def load_hellaswag(args, rank, world_size, say):
 
 
 def load_init(args, tokenizer, num_tokens):
-    """The model that --init_from names, once flags and data are found to fit it. Raises UserError."""
+    """The model that --init_from names, once the data is found to fit it, and its shape in words.
+
+    Its shape takes the place of the flags', a config's among them. Raises UserError.
+    """
     model = checkpoint.load_model(args.init_from)
-    defaults = parse_args([])
     if args.sequence_length > model.config.block_size:
         raise UserError(f"--sequence_length {args.sequence_length}: {args.init_from} reads at most "
                         f"{model.config.block_size} tokens")
-    defaults.block_size = args.sequence_length
-    for flag in ("block_size", "n_layer", "n_head", "n_embd", "vocab_size", "bias"):
-        given, loaded = getattr(args, flag), getattr(model.config, flag)
-        if given not in (loaded, getattr(defaults, flag)):
-            raise UserError(f"--{flag} {given}: the model of --init_from {args.init_from} has {loaded}")
-        setattr(args, flag, loaded)  # run.json records what the run has
+    shape = {flag: getattr(model.config, flag)
+             for flag in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "bias")}
+    vars(args).update(shape)  # run.json records what the run has
     if num_tokens > model.config.vocab_size:
         raise UserError(f"--data_dir {args.data_dir}: its tokenizer has {num_tokens} ids, {args.init_from} "
                         f"knows {model.config.vocab_size}")
@@ -787,7 +787,8 @@ def load_init(args, tokenizer, num_tokens):
         if theirs.encode_ordinary(probe) != tokenizer.encode_ordinary(probe):
             raise UserError(f"--data_dir {args.data_dir}: its tokenizer is not the one of {args.init_from}")
     model.config.num_tokens, model.config.dropout = num_tokens, args.dropout
-    return GPT.from_state(model.config, model.state_dict())  # built anew, for dropout is part of its layers
+    model = GPT.from_state(model.config, model.state_dict())  # built anew, for dropout is part of its layers
+    return model, ", ".join(f"{flag} {value}" for flag, value in shape.items())
 
 
 def git_commit():

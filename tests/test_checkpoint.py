@@ -70,7 +70,7 @@ def test_the_newest_valid_one_is_found_and_the_others_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "meta.json"])
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
-def test_damage_is_found_before_anything_is_used(tmp_path, name, how):
+def test_damage_is_found_before_anything_is_used(tmp_path, capsys, name, how):
     model, optimizer = trained()
     path = tmp_path / "ckpt_000002"
     checkpoint.save(path, 2, model, optimizer=optimizer)
@@ -83,8 +83,11 @@ def test_damage_is_found_before_anything_is_used(tmp_path, name, how):
     with pytest.raises(DamagedCheckpoint, match="ckpt_000002"):
         checkpoint.load(path)
     assert checkpoint.latest(tmp_path)[0] is None
-    with pytest.raises(UserError, match="no valid checkpoint.*ckpt_000002"):
+    with pytest.raises(UserError, match="no valid checkpoint.*ckpt_000002.*train_gpt2.py"):
         checkpoint.load_model(tmp_path)
+    checkpoint.save(tmp_path / "ckpt_000001", 1, model, optimizer=optimizer)
+    checkpoint.load_model(tmp_path)  # the one before it, and that is said
+    assert "passed over: " in (told := capsys.readouterr().err) and "ckpt_000002" in told
 
 
 def test_a_crash_while_saving_leaves_the_old_one(tmp_path, monkeypatch):

@@ -207,6 +207,7 @@ def test_where_the_shards_of_a_dataset_go():
     for dataset, place in places.items():
         assert fineweb_edu.parse_args(["--dataset", dataset]).data_dir == place
     assert fineweb_edu.parse_args([]).data_dir == "edu_fineweb10B"
+    assert fineweb_edu.parse_args(["--input", "x/my.jsonl.gz", "b.txt"]).data_dir == "data/my"
 
 
 def test_tinyshakespeare_is_downloaded_once_and_known_by_its_digest(tmp_path, learned, monkeypatch):
@@ -256,13 +257,20 @@ def test_bin_shards_are_llm_cs(tmp_path, texts, learned):
     for _ in range(10):
         x, y = zip(*(loader.next_batch() for loader in loaders))
         assert x[0].equal(x[1]) and y[0].equal(y[1])
+    assert fineweb_edu.source_of(theirs)["dataset"] == "HuggingFaceFW/fineweb-edu"
+    small = tmp_path / "small"  # dev/data/tinyshakespeare.py's have no number
+    small.mkdir()
+    for split in ("val", "train"):
+        path = next((tmp_path / "bin").glob(f"*_{split}_*"))
+        shutil.copyfile(path, small / f"tiny_shakespeare_{split}.bin")
+    assert len(stream_of(small)) > 30_000 and fineweb_edu.source_of(small) == {}
     victim = theirs / "edu_fineweb_train_000001.bin"
     content = bytearray(victim.read_bytes())
     for damaged, words in (
         (content[:-2], "header says"),
         (np.array([20240801, 7], np.int32).tobytes() + content[8:], "20240801, 7"),  # Llama's, of uint32
         (content[1024:], "its header is"),
-        (b"", "not a whole .bin"),
+        (b"", "0 bytes, fewer than its header"),
     ):
         victim.write_bytes(damaged)
         with pytest.raises(UserError, match=f"edu_fineweb_train_000001.bin.*{words}"):

@@ -82,7 +82,12 @@ def test_results_stand_in_the_front_matter(whole, learned, tmp_path):
     log_dir.mkdir()
     checkpoint.save(log_dir / "ckpt_000012", 12, checkpoint.load_model(whole[0]), learned)
     (log_dir / "log.txt").write_text("0 hella 0.2400000000\n12 hella 0.2955000000\n")
-    (log_dir / "run.json").write_text(json.dumps({"data_source": {"dataset": "HuggingFaceFW/fineweb-edu"}}))
+    record = {"data_source": {"dataset": "HuggingFaceFW/fineweb-edu"}, "hellaswag_examples": 200}
+    (log_dir / "run.json").write_text(json.dumps(record))
+    export(log_dir, tmp_path / "of_some")
+    card = ModelCard.load(tmp_path / "of_some" / "README.md")
+    assert card.data.eval_results is None and "200 examples | 0.2955 at step 12" in card.text
+    (log_dir / "run.json").write_text(json.dumps({**record, "hellaswag_examples": 10042}))
     export(log_dir, tmp_path / "hf")
     data = ModelCard.load(tmp_path / "hf" / "README.md").data
     assert data.datasets == ["HuggingFaceFW/fineweb-edu"] and data.pipeline_tag == "text-generation"

@@ -86,7 +86,7 @@ def test_real_examples(real_data, gpt2_tokenizer, harness):
             ctx_a += "."
         documents.append({**example, "ctx_a": ctx_a, "ctx_b": ctx_b})
     assert 50 < sum(document["ctx_b"] != "" for document in documents) < len(documents) - 50
-    check_against_harness(harness, gpt(128, 50257), "gpt2", examples, documents)
+    check_against_harness(harness, gpt(128, 50304), "gpt2", examples, documents)
 
 
 def official_examples(texts):

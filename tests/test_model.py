@@ -55,9 +55,21 @@ def test_logits_equal_transformers(tmp_path, vocab_size, n_layer, n_head, n_embd
         expected, (logits, loss) = theirs(idx).logits, ours(idx)
         assert loss is None and logits.shape == (2, 64, vocab_size)
         assert (logits - expected).abs().max() < 1e-4
+        ours.config.num_tokens = vocab_size  # theirs knows of no padding
         _, loss = ours(idx[:, :-1], idx[:, 1:])
         assert abs(loss - theirs(idx, labels=idx).loss) < 1e-4
     assert not ours.training and all(p.requires_grad for p in ours.parameters())
+
+
+def test_an_evaluation_counts_without_the_padding():
+    torch.manual_seed(0)
+    padded = GPT(GPTConfig(**{**SMALL, "vocab_size": 128}, num_tokens=96)).eval()
+    state = {**padded.state_to_save(), "transformer.wte.weight": padded.lm_head.weight[:96].clone()}
+    cut = GPT.from_state(GPTConfig(**SMALL), state)
+    idx = tokens(2, 33)
+    with torch.no_grad():
+        losses = [model(idx[:, :-1], idx[:, 1:])[1] for model in (padded, cut)]
+    assert abs(losses[0] - losses[1]) < 1e-5 and abs(losses[0] - math.log(96)) < 0.1
 
 
 def test_save_pretrained_comes_back_without_the_padding(tmp_path):

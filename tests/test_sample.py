@@ -164,7 +164,7 @@ def test_a_session_on_a_terminal(log_dir):
     process.send_signal(signal.SIGINT)
     answer(b"")
     assert time.monotonic() - started < 60 and "temperature 0.9" in answer(b"/temp 0.9\n")
-    os.write(terminal, b"\n")
+    os.write(terminal, b"/quit\n")
     assert process.wait(timeout=60) == 0
 
 

@@ -202,7 +202,7 @@ def test_the_host_is_tuned_before_anything_else(monkeypatch):
         main(parse_args(["--device", "no device at all"]))
 
 
-def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(shards, whole, tmp_path):
+def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(shards, whole, tmp_path, capsys):
     log = train(shards, tmp_path / "log", "--init_from", whole[0], "--max_steps", 4, "--warmup_steps", 0)
     assert log[0, "val"] == whole[1][12, "val"] and float(log[4, "val"]) < float(log[0, "val"])
     assert "optimizer.safetensors" in weights(tmp_path / "log", "ckpt_000004")
@@ -211,11 +211,12 @@ def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(shards, whol
     shutil.copy(whole[0] / "best" / "tokenizer.json", directory)
     log = train(shards, tmp_path / "hf_log", "--init_from", directory, "--max_steps", 1, "--dropout", 0.1)
     assert float(log[0, "val"]) == pytest.approx(float(whole[1][12, "val"]), abs=1e-5)
-    for flags, words in {
-        ("--n_embd", 48): "--n_embd", ("--sequence_length", 64): "--sequence_length",
-    }.items():
-        with pytest.raises(train_gpt2.UserError, match=words):
-            train(shards, tmp_path / "x", "--init_from", whole[0], *flags)
+    # a config's shape gives way to the model's, and that is said
+    train(shards, tmp_path / "other", "--init_from", whole[0], "--n_embd", 48, "--max_steps", 1)
+    assert "n_layer 2, n_head 2, n_embd 32, vocab_size 512" in capsys.readouterr().out
+    assert json.loads((tmp_path / "other" / "run.json").read_text())["flags"]["n_embd"] == 32
+    with pytest.raises(train_gpt2.UserError, match="--sequence_length"):
+        train(shards, tmp_path / "x", "--init_from", whole[0], "--sequence_length", 64)
 
 
 def test_eval_only_measures_the_newest_checkpoint_and_writes_nothing(shards, whole, tmp_path, capsys):
