@@ -270,7 +270,7 @@ def resolve(source):
         if (path / "best").is_dir() and not skipped:
             return path / "best"
         raise UserError(f"{source} holds no valid checkpoint" + "".join(f"; {reason}" for reason in skipped)
-                        + f": python train_gpt2.py --log_dir {source} makes one, others have other names")
+                        + f": python train_gpt2.py --log_dir {source} trains one; gpt2 is another model")
     kind = "is not a checkpoint directory" if path.exists() else "does not exist"
     raise UserError(f"{source} {kind}: name one of {', '.join(GPT2_SIZES)}, a log directory "
                     "(python train_gpt2.py makes one), a checkpoint in it, or a Hugging Face directory")
