@@ -100,7 +100,7 @@ class Tracker:
     def __init__(self, kind, log_dir, run_id, config):
         """Start it, and send what log.txt has and the tracker lacks.
 
-        run_id: the same at every start of a run. config: what the tracker shows of it, a flat dict.
+        run_id: the same at every start of a run. config: what the tracker shows of it, a dict.
         """
         self.kind, self.failed = kind, False
         self.step, self.figures = None, {}  # not sent yet
