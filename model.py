@@ -172,7 +172,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dlogits = log_probs.exp_()
                 dlogits.scatter_add_(-1, correct, dlogits.new_full(correct.size(), -1.0))
                 dlogits = dlogits.to(dtype)
-                dx[rows] = dlogits @ w
+                dx[rows] = (w.t() @ dlogits.t()).t()  # dlogits @ w, which a CPU multiplies more slowly
                 if dtype == dw.dtype:
                     dw.addmm_(dlogits.t(), x_slice)  # no second matrix of this size
                 else:  # 16-bit sums over many slices would lose digits
