@@ -217,7 +217,7 @@ def main(args):
         name = source.resolve().parent.name
         facts += f", step {read_meta(source, digests=False)['step']:,}"
     if device == "cpu":
-        pack(model, 1)
+        pack(model)
     serve(model, tokenizer, name, facts, server_name=args.host, server_port=args.port)
 
 

@@ -131,9 +131,11 @@ def train_arm(name, device, B, T, directory=None):
         torch.set_float32_matmul_precision("high")
     autocast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
     if name == "ours":
-        from train_gpt2 import compile_model, tune_host
+        from train_gpt2 import compile_model, tune_host, tune_products
 
         tune_host()
+        if device == "cpu":
+            tune_products()
     model, loss_of, optimizer, compiled = gpt(device, name, directory)
     if compiled:
         model = compile_model(model, device) if name == "ours" else torch.compile(model)
@@ -160,29 +162,41 @@ def train_arm(name, device, B, T, directory=None):
 
 def gemm_arm(device, rows, backward=True):
     """A unit is each matrix product of a forward (and backward) pass over `rows` tokens once: the FLOP/s."""
+    from functools import partial
+
     import torch
 
+    from packed import fp32_linear
+    from train_gpt2 import tune_host, tune_products
+
+    tune_host()
+    if device == "cpu":
+        tune_products()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    C, products = 768, []
+    C, products, repeat = 768, [], 10 if device == "cuda" else 1
     for fan_in, fan_out, count in ((C, 3 * C, 12), (C, C, 12), (C, 4 * C, 12), (4 * C, C, 12), (C, 50304, 1)):
         n = rows if count > 1 or device == "cuda" else min(rows, 1024)  # the head's rows come in slices
         x, w, g = (torch.randn(shape, device=device, dtype=dtype)
                    for shape in ((n, fan_in), (fan_out, fan_in), (n, fan_out)))
-        pairs = [(x, w.t())] + ([(g, w), (g.t(), x)] if backward else [])
-        for a, b in pairs:
-            out = torch.empty(a.size(0), b.size(1), device=device, dtype=dtype)
-            products.append((a, b, out, count * rows / n, 2 * n * fan_in * fan_out))
+        pairs = [(x, w.t()), (g, w), (g.t(), x)] if backward else [(x, w.t())]
+        calls = [partial(torch.mm, a, b, out=torch.empty(len(a), b.size(1), device=device, dtype=dtype))
+                 for a, b in pairs]
+        if device == "cpu" and not backward:  # faster, where the weights stay as they are
+            linear = torch.nn.Linear(fan_in, fan_out, bias=False)
+            calls = [partial(fp32_linear(linear), x)]
+        products += [(call, count * rows / n, 2 * n * fan_in * fan_out) for call in calls]
 
+    @torch.no_grad()
     def unit():
         seconds = flops = 0
-        for a, b, out, count, cost in products:
-            torch.mm(a, b, out=out)
+        for call, count, cost in products:
+            call()
             synchronize(device)
             started = time.perf_counter()
-            for _ in range(10 if device == "cuda" else 1):
-                torch.mm(a, b, out=out)
+            for _ in range(repeat):
+                call()
             synchronize(device)
-            seconds += count * (time.perf_counter() - started) / (10 if device == "cuda" else 1)
+            seconds += count * (time.perf_counter() - started) / repeat
             flops += count * cost
         return dict(rate=flops / seconds)
 
@@ -197,12 +211,15 @@ def hellaswag_arm(name, device, data, chunk):
     import torch.nn.functional as F
 
     import hellaswag
+    from packed import pack
     from tokenizer import get_tokenizer
     from train_gpt2 import tune_host
 
-    if name == "ours":
-        tune_host()
     model = gpt(device, "transformers" if name == "transformers" else None)[0].eval()
+    if name == "ours":  # as hellaswag.py does
+        tune_host()
+        if device == "cpu":
+            pack(model)
     if device == "cuda":
         model.bfloat16()
     tokenizer, examples = get_tokenizer("gpt2"), list(hellaswag.iterate_examples(data))
@@ -244,20 +261,20 @@ def sample_arm(name, device, batch_size, directory=None):
     """A unit is 128 greedy tokens behind a prompt of eight, for each row of a batch."""
     import torch
 
-    from packed import pack
-    from train_gpt2 import tune_host
+    from packed import fp32_linear, pack
 
     torch.set_grad_enabled(False)
     prompt = torch.tensor([PROMPT] * batch_size).to(device)
     model = gpt(device, {"ours int8": None, "ours": None}.get(name, name), directory)[0].eval()
     if name == "limit":
-        weights = [p for p in model.parameters() if p.dim() == 2 and len(p) != 1024]
-        vectors = [torch.randn(weight.size(1), device=device) for weight in weights]
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        inputs = [torch.randn(batch_size, layer.in_features, device=device) for layer in layers]
+        products = [fp32_linear(layer) if device == "cpu" else layer for layer in layers]
 
         def generate():
             for _ in range(128):
-                for weight, vector in zip(weights, vectors):
-                    torch.mv(weight, vector)
+                for product, x in zip(products, inputs):
+                    product(x)
     elif name == "transformers":
         def generate():
             return model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
@@ -266,11 +283,10 @@ def sample_arm(name, device, batch_size, directory=None):
         def generate():
             return model.generate(prompt, 128, top_k=1)
     else:
-        tune_host()
         plain = model.generate(prompt, 128, temperature=0)
         predicted = model(plain)[0].argmax(-1)
         if device == "cpu":  # as sample.py does
-            pack(model, batch_size, int8=name.endswith("int8"))
+            pack(model, int8=name.endswith("int8"))
         agreement = (model(plain)[0].argmax(-1) == predicted).float().mean().item()
 
         def generate():

@@ -78,6 +78,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from checkpoint import load_model_and_tokenizer  # noqa: E402
+from packed import pack  # noqa: E402
 
 
 def download(path=DATA, url=URL, rows=VALIDATION_ROWS):
@@ -331,6 +332,9 @@ def main(args):
     names = args.compare or [args.model_type]
     # both at once: a B that can't be loaded is refused before A is scored
     models = [load_model_and_tokenizer(name, device) for name in names]
+    if device == "cpu":
+        for model, _ in models:
+            pack(model)
 
     results = []  # those of A, then those of B. The protocols' contexts differ: there is no work to share
     for name, (model, tokenizer) in zip(names, models):

@@ -1,9 +1,9 @@
-"""The layers of a GPT as a CPU runs them fastest one token at a time, for generation alone.
+"""The layers of a GPT as a CPU runs them fastest, for generation and evaluation.
 
-One token at a time, the time goes into reading the weights: in int8 there are a quarter of the bytes. And
-MKL's product of a few rows with a large matrix leaves half of the memory's bandwidth unused, unless the
-matrix is packed for that number of rows. Between two products the caches are full of weights, and each line
-of Python is slow: so modules become plain functions, without nn.Module's look-ups and hooks.
+One token at a time, the time goes into reading the weights. Torch's own product of a few rows with a large
+matrix leaves half of the memory's bandwidth unused, oneDNN's with a matrix it has packed does not; in int8
+there are a quarter of the bytes. Between two products the caches are full of weights, and each line of Python
+is slow: so modules become plain functions, without nn.Module's look-ups and hooks.
 """
 
 import warnings
@@ -26,32 +26,29 @@ def int8_linear(linear):
     return lambda x: product(x, packed, reduce_range)
 
 
-def packed_linear(linear, rows):
-    """A Linear packed for inputs of `rows` rows; inputs of other sizes take the plain weight."""
-    packed = torch.ops.mkl._mkl_reorder_linear_weight(linear.weight, rows)
-    product = torch.ops.mkl._mkl_linear.default
-    return lambda x: product(x, packed, linear.weight, linear.bias, rows)
+def fp32_linear(linear):
+    """A Linear with its weight in the order in which oneDNN reads it, for any number of rows."""
+    weight, bias = linear.weight, linear.bias
+    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported()):  # Arm has other kernels
+        return partial(F.linear, weight=weight, bias=bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)  # for one row it would be slower
+    product = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: product(x, packed, bias, "none", (), "")
 
 
 @torch.no_grad()
-def pack(model, batch_size, int8=False):
-    """Exchange the layers of a GPT on the CPU for the functions that are fastest at this batch size.
+def pack(model, int8=False):
+    """Exchange the layers of a GPT on the CPU for the functions that are fastest there.
 
-    The model can't be trained, saved or packed again after that. From 3 to 32 rows it takes as much memory
-    again; results differ by rounding. int8: weights in 8 bits at any batch size.
+    The model can't be trained, saved or packed again after that; results differ by rounding. int8: weights
+    in 8 bits, by another rounding.
     """
     assert isinstance(model.lm_head, nn.Linear), "the model is packed already"
     model.eval()  # the functions are those of an evaluation
-    # measured on AVX-512: one or two rows are as fast without, and a long prompt is a product of many rows
-    mkl = not int8 and 2 < batch_size <= 32 and torch.backends.mkl.is_available()
 
     def function_of(module):
         if isinstance(module, nn.Linear):
-            if int8:
-                return int8_linear(module)
-            if mkl:
-                return packed_linear(module, batch_size)
-            return partial(F.linear, weight=module.weight, bias=module.bias)
+            return int8_linear(module) if int8 else fp32_linear(module)
         if isinstance(module, nn.LayerNorm):
             return partial(torch.layer_norm, normalized_shape=module.normalized_shape, weight=module.weight,
                            bias=module.bias, eps=module.eps)

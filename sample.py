@@ -154,7 +154,7 @@ def main(args):
         raise UserError(f"--int8: its kernels run on the CPU, not on {device}; add -d cpu, or leave it out")
     model, tokenizer = load_model_and_tokenizer(args.model_type, device)
     if device == "cpu":
-        pack(model, args.num_samples, args.int8)
+        pack(model, args.int8)
     generator = torch.Generator(device).manual_seed(args.seed)
     prompts = [PROMPT if prompt is None else prompt]
     for prompt in typed_prompts(settings, generator) if typed else prompts:

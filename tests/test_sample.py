@@ -49,24 +49,24 @@ def small_gpt():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows, packed", [(1, False), (2, False), (3, True), (8, True), (33, False)])
-def test_packed_it_writes_the_same_tokens_and_calls_no_module_in_a_layer(rows, packed, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 2, 8, 33])
+def test_packed_it_writes_the_same_tokens_and_calls_no_module_in_a_layer(rows, monkeypatch):
     model, idx = small_gpt(), torch.randint(512, (rows, 5))
     plain, logits = model.generate(idx, 40, temperature=0), model(idx)[0]
-    products, mkl = [], torch.backends.mkl.is_available()
-    if mkl:
-        product = torch.ops.mkl._mkl_linear
-        counted = types.SimpleNamespace(default=lambda *args: products.append(args) or product(*args))
-        monkeypatch.setattr(torch.ops.mkl, "_mkl_linear", counted)
-    pack(model, rows)
+    products, product = [], torch.ops.mkldnn._linear_pointwise
+    counted = types.SimpleNamespace(default=lambda *args: products.append(args) or product(*args))
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    pack(model)
     called, call = [], torch.nn.Module.__call__
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda self, *x: called.append(self) or call(self, *x))
     assert torch.equal(model.generate(idx, 40, temperature=0), plain)
     assert {type(module) for module in called} == {torch.nn.Embedding} and len(called) == 2 * 40
-    assert len(products) == (9 * 40 if packed and mkl else 0)  # every linear layer of every token, or none
+    if torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported():
+        assert len(products) == 9 * 40  # every linear layer of every token
+        assert all(weight.is_mkldnn for _, weight, *_ in products)  # packed
     torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=1e-5)
     with pytest.raises(AssertionError, match="packed already"):
-        pack(model, rows)
+        pack(model)
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def test_packed_without_biases_and_from_training_it_is_in_eval_mode(int8):
     torch.manual_seed(0)
     model = GPT(GPTConfig(64, 512, n_layer=2, n_head=4, n_embd=64, dropout=0.5, bias=False)).train()
     idx = torch.randint(512, (2, 60))
-    pack(model, 2, int8)
+    pack(model, int8)
     assert torch.equal(model(idx)[0], model(idx)[0])
 
 
@@ -86,7 +86,7 @@ def test_int8_weights_are_close_and_a_quarter_of_the_bytes(monkeypatch):
     prepacked, prepack = [], torch.ops.quantized.linear_prepack
     monkeypatch.setattr(torch.ops.quantized, "linear_prepack",
                         lambda weight, bias: prepacked.append(weight) or prepack(weight, bias))
-    pack(model, 2, int8=True)
+    pack(model, int8=True)
     assert sorted(weight.numel() for weight in prepacked) == sorted(layer.weight.numel() for layer in layers)
     for weight in prepacked:
         assert weight.element_size() == 1
