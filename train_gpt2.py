@@ -650,8 +650,13 @@ def train(args, at_exit):
     say(f"{args.total_batch_size:,} tokens a step = {B} sequences x {T} tokens x {world_size} ranks x "
         f"{grad_accum_steps} micro-batches; {args.max_steps:,} steps are {epochs:.2f} epochs")
 
+    def put_back(number, handler):
+        # a scheduler may send SIGTERM until the process is gone, which has saved all and says how it ends
+        ignored = received and number == signal.SIGTERM
+        signal.signal(number, signal.SIG_IGN if ignored else handler)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        at_exit.callback(signal.signal, number, signal.signal(number, on_signal))
+        at_exit.callback(put_back, number, signal.signal(number, on_signal))
     train_loader.position = start_step * args.total_batch_size // T
     val_loss, best_val, skipped = meta.get("val_loss"), meta.get("best_val", math.inf), meta.get("skipped", 0)
     step, dt_mean, stopped = start_step, None, None

@@ -73,6 +73,9 @@ def test_a_stop_signal_saves_and_leaves(shards, whole, tmp_path, number, after):
     process.send_signal(number)
     time.sleep(0.01)
     process.send_signal(number)  # as torchrun and schedulers do: it is not a second wish
+    while number == signal.SIGTERM and process.poll() is None:
+        time.sleep(0.01)
+        process.send_signal(number)
     rest = process.stdout.read()
     assert process.wait() == 128 + number, rest
     step = int(re.search(r"stopped by SIG\w+ before step (\d+)", rest)[1])
