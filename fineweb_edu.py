@@ -177,7 +177,7 @@ def read_parquet(path, column):
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # else it keeps what it has read
             if column not in file.schema_arrow.names:
                 # says which columns there are
                 text_of_row(dict.fromkeys(file.schema_arrow.names), column, path)
@@ -367,10 +367,12 @@ class ShardWriter:
         path = self.data_dir / f"{self.prefix}_{split}_{len(self.manifest['shards']):06d}.{suffix}"
         with atomic_write(path, "wb") as out:
             if suffix == "npy":
-                np.save(out, np.concatenate(parts))
+                header = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
+                np.lib.format.write_array_header_1_0(out, header)
             else:
                 out.write(np.array([BIN_MAGIC, BIN_VERSION, size] + [0] * (BIN_HEADER - 3), dtype="<i4"))
-                out.write(np.concatenate(parts).astype("<u2"))
+            for part in parts:
+                out.write(part.astype("<u2", copy=False))
         entry = {"file": path.name, "split": split, "tokens": size,
                  "bytes": path.stat().st_size, "digest": digest(path)}
         self.manifest["shards"].append(entry)
