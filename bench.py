@@ -166,7 +166,7 @@ def gemm_arm(device, rows, backward=True):
 
     import torch
 
-    from packed import fp32_linear
+    from packed import fp32_linear, onednn_is_faster
     from train_gpt2 import tune_host, tune_products
 
     tune_host()
@@ -181,7 +181,7 @@ def gemm_arm(device, rows, backward=True):
         pairs = [(x, w.t()), (g, w), (g.t(), x)] if backward else [(x, w.t())]
         calls = [partial(torch.mm, a, b, out=torch.empty(len(a), b.size(1), device=device, dtype=dtype))
                  for a, b in pairs]
-        if device == "cpu" and not backward:  # faster, where the weights stay as they are
+        if device == "cpu" and not backward and onednn_is_faster():  # packed, for the weights stay
             linear = torch.nn.Linear(fan_in, fan_out, bias=False)
             calls = [partial(fp32_linear(linear), x)]
         products += [(call, count * rows / n, 2 * n * fan_in * fan_out) for call in calls]
@@ -211,14 +211,14 @@ def hellaswag_arm(name, device, data, chunk):
     import torch.nn.functional as F
 
     import hellaswag
-    from packed import pack
+    from packed import onednn_is_faster, pack
     from tokenizer import get_tokenizer
     from train_gpt2 import tune_host
 
     model = gpt(device, "transformers" if name == "transformers" else None)[0].eval()
     if name == "ours":  # as hellaswag.py does
         tune_host()
-        if device == "cpu":
+        if device == "cpu" and onednn_is_faster():
             pack(model)
     if device == "cuda":
         model.bfloat16()

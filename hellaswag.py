@@ -78,7 +78,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from checkpoint import load_model_and_tokenizer  # noqa: E402
-from packed import pack  # noqa: E402
+from packed import onednn_is_faster, pack  # noqa: E402
 
 
 def download(path=DATA, url=URL, rows=VALIDATION_ROWS):
@@ -332,7 +332,7 @@ def main(args):
     names = args.compare or [args.model_type]
     # both at once: a B that can't be loaded is refused before A is scored
     models = [load_model_and_tokenizer(name, device) for name in names]
-    if device == "cpu":
+    if device == "cpu" and onednn_is_faster():
         for model, _ in models:
             pack(model)
 

@@ -14,6 +14,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def onednn_is_faster():
+    """Whether oneDNN's fp32 products of large matrices are faster here than torch's own, which are MKL's.
+
+    MKL leaves AVX-512 unused on AMD's processors, which have bf16 and no AMX. On Intel's it does not.
+    """
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
 def int8_linear(linear):
     """A Linear with 8-bit weights, one scale for each output; its inputs are quantized as they come."""
     scales = linear.weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)

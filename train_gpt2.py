@@ -140,6 +140,7 @@ import reference  # noqa: E402
 import tracking  # noqa: E402
 from files import UNUSABLE_PATH, UserError, first_line, locked, naming, run, sync  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from packed import onednn_is_faster  # noqa: E402
 from record import keep_log_before, read_record, record_start  # noqa: E402
 from sample import print_samples  # noqa: E402
 from tokenizer import get_tokenizer  # noqa: E402
@@ -234,12 +235,12 @@ def tune_host():
 
 
 def tune_products():
-    """On AMD's processors, have oneDNN compute the CPU's fp32 products: MKL leaves their AVX-512 unused.
+    """Have oneDNN compute the CPU's fp32 products where it is faster: on AMD's processors, twice as fast.
 
-    It is twice as fast there, with large matrices. torch takes oneDNN at the precision "medium", which allows
-    bf16 inside. Only AMX would make use of that: one product shows that fp32 stays fp32.
+    torch takes it at the precision "medium", which allows bf16 inside. Only AMX would make use of that, and
+    one product shows that fp32 stays fp32.
     """
-    if torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
+    if onednn_is_faster():
         torch.set_float32_matmul_precision("medium")
         x = torch.full((256, 256), 1 + 2**-23)
         if not torch.equal(x @ torch.eye(256), x):

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import threading
+import tracemalloc
 
 import hub
 import numpy as np
@@ -86,6 +87,23 @@ def test_tiktoken_encodes_only_a_sample_beside_gigatoken(tmp_path, texts, learne
     assert len(encoded) == 1 and encoded[0] <= 64 * 4096 < sum(map(len, texts * 6)) / 5
     assert set(sizes) == {64}
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts * 6, learned))
+
+
+@pytest.mark.parametrize("file_format", ["npy", "bin"])
+def test_a_shard_is_written_without_a_copy_of_it(tmp_path, file_format):
+    """The work, counted: a shard of 40 MB leaves the memory part by part."""
+    manifest = dict(file_format=file_format, shards=[])
+    writer = fineweb_edu.ShardWriter(tmp_path, manifest)
+    parts = [np.arange(n, n + 2 * 10**6).astype(np.uint16) for n in range(10)]
+    writer.pending.extend((0, batch, 0, part) for batch, part in enumerate(parts))
+    tracemalloc.start()
+    writer.write("train", sum(map(len, parts)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < parts[0].nbytes
+    path = tmp_path / manifest["shards"][0]["file"]
+    tokens = np.load(path) if file_format == "npy" else fineweb_edu.open_bin(path)
+    assert np.array_equal(tokens, np.concatenate(parts)) and tokens.dtype == np.uint16
 
 
 def test_parquet_of_any_kind_encodes_as_its_texts(tmp_path, texts, learned, monkeypatch):

@@ -259,6 +259,17 @@ def two_models(tmp_path, examples, learned):
     return tmp_path / "one", tmp_path / "two", run
 
 
+@pytest.mark.parametrize("faster", [False, True])
+def test_the_command_packs_the_models_where_that_is_faster(two_models, monkeypatch, faster):
+    one, two, run = two_models
+    packed, pack = [], hellaswag.pack
+    monkeypatch.setattr(hellaswag, "onednn_is_faster", lambda: faster)
+    monkeypatch.setattr(hellaswag, "pack", lambda model: packed.append(model) or pack(model))
+    plain = run("-m", one)
+    assert run("--compare", one, two)["acc"] == plain["acc"]
+    assert len(packed) == (3 if faster else 0)
+
+
 def test_command_with_both_protocols(two_models, learned, examples, capsys):
     one, _, run = two_models
     result = run("-m", one, "--protocol", "both", "--by", "split", "--show", 2)

@@ -1,5 +1,6 @@
 """sample.py: text out, streamed; and every script's --help and refusals of flags, at once."""
 
+import gc
 import os
 import pty
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 
 import pytest
 import torch
@@ -56,6 +58,7 @@ def test_packed_it_writes_the_same_tokens_and_calls_no_module_in_a_layer(rows, m
     products, product = [], torch.ops.mkldnn._linear_pointwise
     counted = types.SimpleNamespace(default=lambda *args: products.append(args) or product(*args))
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    unpacked = weakref.ref(model.transformer.h[0].mlp.c_fc.weight)
     pack(model)
     called, call = [], torch.nn.Module.__call__
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda self, *x: called.append(self) or call(self, *x))
@@ -64,6 +67,8 @@ def test_packed_it_writes_the_same_tokens_and_calls_no_module_in_a_layer(rows, m
     if torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported():
         assert len(products) == 9 * 40  # every linear layer of every token
         assert all(weight.is_mkldnn for _, weight, *_ in products)  # packed
+        gc.collect()
+        assert unpacked() is None  # it is held once
     torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=1e-5)
     with pytest.raises(AssertionError, match="packed already"):
         pack(model)

@@ -1,0 +1,84 @@
+"""Who multiplies the CPU's matrices: oneDNN where it is faster, in fp32 all the same."""
+
+import pytest
+import torch
+
+import train_gpt2
+from model import GPT, GPTConfig
+from packed import onednn_is_faster
+
+only_where_faster = pytest.mark.skipif(not onednn_is_faster(), reason="MKL is as fast on this processor")
+
+
+@pytest.fixture
+def precision():
+    """A function that says what is set; in the end it is again what it was."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield torch.get_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def gpt():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(64, 1024, n_layer=2, n_head=2, n_embd=128))
+
+
+def step(model):
+    """The loss of 8 x 64 tokens, and all gradients."""
+    idx = torch.randint(1024, (8, 65), generator=torch.Generator().manual_seed(1))
+    _, loss = model(idx[:, :-1], idx[:, 1:])
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def test_a_step_is_the_same_whoever_multiplies(precision):
+    model = gpt()
+    plain = step(model)
+    train_gpt2.tune_products()
+    for value, expected in zip(step(model), plain):
+        assert (value - expected).norm() <= 1e-5 * expected.norm()
+
+
+@only_where_faster
+@pytest.mark.parametrize("rows, fan_in, fan_out", [(1024, 768, 2304), (1024, 3072, 768), (512, 768, 50304)])
+def test_products_at_the_models_shapes_stay_fp32(precision, rows, fan_in, fan_out):
+    train_gpt2.tune_products()
+    assert precision() == "medium"
+    x, w, g = torch.randn(rows, fan_in), torch.randn(fan_out, fan_in), torch.randn(rows, fan_out)
+    for a, b in ((x, w.t()), (w.t(), g.t()), (g.t(), x)):
+        a, b = (part[:64] if part is a else part[:, :64] for part in (a, b))  # float64 takes its time
+        exact = a.double() @ b.double()
+        # rounding by 2**-24 at each of as many additions; inputs as bf16 are off by 2**-9
+        assert (a @ b - exact).norm() < 2**-18 * exact.norm()
+
+
+@only_where_faster
+def test_a_step_asks_onednn_for_each_product_once(precision, capfd):
+    """The work, counted: no product is left to MKL, none is done twice."""
+    model = gpt()
+    train_gpt2.tune_products()
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        step(model)
+    lines = [line.split(",") for line in capfd.readouterr().out.splitlines() if ",exec,cpu,matmul," in line]
+    # A x B as 512x128:128x384; attention's small products have 64 rows at most
+    shapes = [line[-2] for line in lines if "512" in line[-2]]
+    assert len(shapes) == 3 * (4 * 2 + 1), shapes  # forward, dX and dW of each linear layer and the head
+
+
+@pytest.mark.parametrize("faster, exact, expected", [
+    (False, True, "highest"), (True, True, "medium"), (True, False, "highest")])
+def test_what_may_not_stay_fp32_is_left_alone(precision, monkeypatch, faster, exact, expected):
+    monkeypatch.setattr(train_gpt2, "onednn_is_faster", lambda: faster)
+    monkeypatch.setattr(torch, "equal", lambda a, b: exact)
+    train_gpt2.tune_products()
+    assert precision() == expected
+
+
+@pytest.mark.parametrize("bf16, amx, expected", [
+    (True, False, True), (True, True, False), (False, False, False)])
+def test_it_is_faster_on_amd_alone(monkeypatch, bf16, amx, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert onednn_is_faster() is expected
