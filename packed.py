@@ -39,7 +39,7 @@ def fp32_linear(linear):
     weight, bias = linear.weight, linear.bias
     if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported()):  # Arm has other kernels
         return partial(F.linear, weight=weight, bias=bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)  # for one row it would be slower
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)  # made for one row, half as fast
     product = torch.ops.mkldnn._linear_pointwise.default
     return lambda x: product(x, packed, bias, "none", (), "")
 
@@ -48,8 +48,8 @@ def fp32_linear(linear):
 def pack(model, int8=False):
     """Exchange the layers of a GPT on the CPU for the functions that are fastest there.
 
-    The model can't be trained, saved or packed again after that; results differ by rounding. int8: weights
-    in 8 bits, by another rounding.
+    The model can't be trained, saved or packed again after that; results differ by rounding. int8: the
+    weights in 8 bits.
     """
     assert isinstance(model.lm_head, nn.Linear), "the model is packed already"
     model.eval()  # the functions are those of an evaluation
@@ -66,7 +66,8 @@ def pack(model, int8=False):
             return [block.forward for block in module]
         return module.forward
 
-    for parent in list(model.modules()):
+    # parents alone: a layer is gone as soon as its function stands, or a model would be held twice
+    for parent in [module for module in model.modules() if next(module.children(), None)]:
         if not isinstance(parent, nn.ModuleList):
             for name, child in list(parent.named_children()):
                 if not isinstance(child, (nn.ModuleDict, nn.Embedding)):  # they are asked for their parts
