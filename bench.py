@@ -59,6 +59,7 @@ import ast  # noqa: E402
 import importlib.util  # noqa: E402
 import multiprocessing  # noqa: E402
 import platform  # noqa: E402
+import random  # noqa: E402
 import resource  # noqa: E402
 import statistics  # noqa: E402
 import sysconfig  # noqa: E402
@@ -223,6 +224,7 @@ def hellaswag_arm(name, device, data, chunk):
     if device == "cuda":
         model.bfloat16()
     tokenizer, examples = get_tokenizer("gpt2"), list(hellaswag.iterate_examples(data))
+    random.Random(0).shuffle(examples)  # the file begins with the short ones
     place = 0
 
     @torch.no_grad()
@@ -491,8 +493,6 @@ def tutorial_shards(files, directory, shard_size=10**8):
 
 def package_texts(at_least):
     """Distinct text files of the Python installation, in a fixed shuffle: real text that is always there."""
-    import random
-
     texts, size = {}, 0
     for place in ("stdlib", "purelib"):
         for path in sorted(Path(sysconfig.get_paths()[place]).rglob("*")):
