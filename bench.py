@@ -9,9 +9,9 @@ a round is one unit of work by this project, with the limit measured before and 
 peer: L A L B L A L B ... A ratio is the median of the rounds, with its range, for the speed of a machine
 drifts. The model is the 124M with random weights, which cost what trained ones do.
 
-The limits are measured in the same rounds: for training and HellaSwag the rate of plain matrix products of
-the model's own shapes (FLOPs counted with causal attention), for sampling one pass over all weights a token,
-for the data one thread of the tokenizer times the cores.
+The limits are measured in the same rounds: for training and HellaSwag the rate of the fastest known products
+of the model's own shapes (FLOPs counted with causal attention), for sampling those of a token's rows with all
+weights, for the data one thread of the tokenizer times the cores.
 """
 
 import argparse
@@ -66,6 +66,7 @@ import sysconfig  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
 import types  # noqa: E402
+from functools import partial  # noqa: E402
 
 from files import UserError, atomic_write, run  # noqa: E402
 
@@ -163,8 +164,6 @@ def train_arm(name, device, B, T, directory=None):
 
 def gemm_arm(device, rows, backward=True):
     """A unit is each matrix product of a forward (and backward) pass over `rows` tokens once: the FLOP/s."""
-    from functools import partial
-
     import torch
 
     from packed import fp32_linear, onednn_is_faster
@@ -179,12 +178,12 @@ def gemm_arm(device, rows, backward=True):
         n = rows if count > 1 or device == "cuda" else min(rows, 1024)  # the head's rows come in slices
         x, w, g = (torch.randn(shape, device=device, dtype=dtype)
                    for shape in ((n, fan_in), (fan_out, fan_in), (n, fan_out)))
-        pairs = [(x, w.t()), (g, w), (g.t(), x)] if backward else [(x, w.t())]
-        calls = [partial(torch.mm, a, b, out=torch.empty(len(a), b.size(1), device=device, dtype=dtype))
-                 for a, b in pairs]
         if device == "cpu" and not backward and onednn_is_faster():  # packed, for the weights stay
-            linear = torch.nn.Linear(fan_in, fan_out, bias=False)
-            calls = [partial(fp32_linear(linear), x)]
+            calls = [partial(fp32_linear(torch.nn.Linear(fan_in, fan_out, bias=False)), x)]
+        else:
+            pairs = [(x, w.t()), (g, w), (g.t(), x)] if backward else [(x, w.t())]
+            calls = [partial(torch.mm, a, b, out=torch.empty(len(a), b.size(1), device=device, dtype=dtype))
+                     for a, b in pairs]
         products += [(call, count * rows / n, 2 * n * fan_in * fan_out) for call in calls]
 
     @torch.no_grad()
