@@ -94,6 +94,17 @@ def atomic_write(path, mode="w"):
         raise
 
 
+def release(file):
+    """Bring what was written to the disk, and then out of memory, which 20 GB of shards would fill.
+
+    It is faster, too: what is written next takes the same pages, where fresh ones had to be cleared.
+    """
+    file.flush()
+    if hasattr(os, "posix_fadvise"):  # on Linux
+        os.fdatasync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def fetch(url, path, check, otherwise):
     """Download a url to `path`, unless it is there; return the path.
 

@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import gzip
 import importlib.metadata
-import itertools
+import io
 import json
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from files import UserError, atomic_write, digest, fetch, first_line, locked, retried, run
+from files import UserError, atomic_write, digest, fetch, first_line, locked, naming, release, retried, run
 from tokenizer import get_fast_tokenizer, get_tokenizer
 
 MANIFEST = "manifest.json"
@@ -50,7 +50,7 @@ TEXTS = {"tinyshakespeare": (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "ae717de95b0441526572a3fb9fde75d3")}
 HUB_ADDRESS = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")  # repository, revision, path
-BATCH_CHARS = 2**24  # text that is encoded at a time: gigatoken's threads want much
+BATCH_CHARS = 2**22  # text that is encoded at a time: memory that was just used is faster than fresh memory
 
 
 def parse_args(argv=None):
@@ -172,7 +172,7 @@ def text_of_row(row, column, place):
 
 
 def read_parquet(path, column):
-    """Yield the texts of a parquet file in Arrow arrays of 256: it bounds memory, whatever the row groups."""
+    """Yield the texts of a parquet file in Arrow arrays of about BATCH_CHARS, whatever the row groups."""
     import pyarrow
     import pyarrow.parquet
 
@@ -181,8 +181,14 @@ def read_parquet(path, column):
             if column not in file.schema_arrow.names:
                 # says which columns there are
                 text_of_row(dict.fromkeys(file.schema_arrow.names), column, path)
+            info, size = file.metadata, 1
+            for group in map(info.row_group, range(info.num_row_groups)):
+                chunks = map(group.column, range(info.num_columns))
+                size += sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
+            # at most so many: a text that stands in many rows counts once there
+            batch_size = min(10_000, 1 + BATCH_CHARS * info.num_rows // size)
             number = 0
-            for rows in file.iter_batches(batch_size=256, columns=[column]):
+            for rows in file.iter_batches(batch_size, columns=[column]):
                 texts = rows.column(0)
                 if texts.null_count or texts.type not in (pyarrow.string(), pyarrow.large_string()):
                     for row, text in enumerate(texts.to_pylist(), start=number + 1):
@@ -200,25 +206,20 @@ def documents(part):
 
 
 def batches(path, column):
-    """The texts of a file, about BATCH_CHARS at a time: what `read` yields, put together. No Python string is
-    made of text that a file holds as Arrow does."""
-    parts, size = [], 0
+    """The texts of a file, about BATCH_CHARS at a time: Arrow's as they are, without a Python string, others
+    put together."""
+    texts, size = [], 0
     for part in read(path, column):
-        parts.append(part)
-        size += sum(len(text) for _, text in part) if isinstance(part, list) else part.nbytes
+        if not isinstance(part, list):
+            yield part
+            continue
+        texts += part
+        size += sum(len(text) for _, text in part)
         if size >= BATCH_CHARS:
-            yield join(parts)
-            parts, size = [], 0
-    if parts:
-        yield join(parts)
-
-
-def join(parts):
-    if isinstance(parts[0], list):
-        return list(itertools.chain.from_iterable(parts))
-    import pyarrow
-
-    return pyarrow.concat_arrays(parts)
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
 
 
 def hub_files(dataset, name, revision=None):
@@ -291,7 +292,7 @@ def encode(batch, tokenizer):
     return np.concatenate(parts)
 
 
-def encode_fast(batch, tokenizer, parallel=True):
+def encode_fast(batch, tokenizer):
     """What `encode` returns, by gigatoken: some ten times as fast, without a Python int for each token."""
     import awkward
     import numpy as np
@@ -301,7 +302,7 @@ def encode_fast(batch, tokenizer, parallel=True):
     else:
         starts_document, texts = slice(None), awkward.from_arrow(batch)  # the same memory
     try:
-        encoded = get_fast_tokenizer(tokenizer).encode_batch(texts, parallel=parallel)
+        encoded = get_fast_tokenizer(tokenizer).encode_batch(texts, parallel=False)
     except TypeError:  # half a character, as JSON can hold one: tiktoken knows what becomes of it
         return encode(batch, tokenizer)
     ids, offsets = encoded.layout.content.data, encoded.layout.offsets.data  # numpy arrays
@@ -320,78 +321,144 @@ def encodes_alike(batch, tokenizer):
     return alike
 
 
+class Shard:
+    """A shard on its way: its ids go to the disk as they come, its name appears with `publish`."""
+
+    def __init__(self, path, split, size):
+        import xxhash
+
+        self.path, self.split = path, split
+        self.tokens, self.room = 0, size
+        self.next = None  # (file, batch, offset) in the source of the first id behind it
+        self.digest = xxhash.xxh3_128()  # as `files.digest` has it
+        self.writing = contextlib.ExitStack()
+        self.file = self.writing.enter_context(atomic_write(path, "w+b"))
+        self.write(header(path, size))
+
+    def write(self, content):
+        self.digest.update(content)
+        with naming(self.path):
+            self.file.write(content)
+            release(self.file)
+
+    def add(self, ids):
+        self.write(ids.astype("<u2", copy=False))
+        self.tokens += len(ids)
+        self.room -= len(ids)
+
+    def ids(self):
+        """The ids written so far."""
+        import numpy as np
+
+        self.file.seek(len(header(self.path, 0)))
+        return np.frombuffer(self.file.read(), dtype="<u2")
+
+    def publish(self):
+        """Let it appear, of the size that it has by now; return its digest."""
+        if not self.room:
+            self.writing.close()
+            return self.digest.hexdigest()
+        self.file.seek(0)
+        self.file.write(header(self.path, self.tokens))
+        self.writing.close()
+        return digest(self.path)
+
+    def discard(self):
+        with contextlib.suppress(KeyboardInterrupt), self.writing:
+            raise KeyboardInterrupt  # what is given up is removed
+
+
+def header(path, tokens):
+    """What stands before the ids of a shard, of the same length for any number of them."""
+    import numpy as np
+
+    if path.suffix == ".bin":
+        return np.array([BIN_MAGIC, BIN_VERSION, tokens] + [0] * (BIN_HEADER - 3), dtype="<i4").tobytes()
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
+    return out.getvalue()
+
+
 class ShardWriter:
     """Cuts the stream of ids into shards and keeps the manifest, which says where in the source the next
-    one begins."""
+    one begins.
+
+    How long the val split is may be known only when two shards are full, or at the end. Until then the first
+    is taken for it, and none appears.
+    """
 
     def __init__(self, data_dir, manifest):
         self.data_dir, self.manifest = data_dir, manifest
         self.prefix = "edufineweb" if data_dir.name == "edu_fineweb10B" else data_dir.resolve().name
-        # (file, batch, offset, ids): what is not in a shard yet, and where it came from
-        self.pending = deque()
-        self.buffered = 0
+        self.start = tuple(manifest["next"])  # what comes before stands in shards already
+        self.shards = []  # that did not appear yet; the last takes the next ids
+        self.added = []  # (file, batch, number of ids) of what is in them, while they may be cut anew
 
     def add(self, file, batch, ids):
-        next_file, next_batch, offset = self.manifest["next"]
-        if (file, batch) == (next_file, next_batch) and not self.pending:
-            ids = ids[offset:]  # its beginning stands in the last shard already
-        else:
-            offset = 0
-        self.pending.append((file, batch, offset, ids))
-        self.buffered += len(ids)
+        if self.manifest["val_tokens"] is None:
+            self.added.append((file, batch, len(ids)))
+        offset = self.start[2] if (file, batch) == self.start[:2] else 0
+        while offset < len(ids):
+            if not self.shards or not self.shards[-1].room:
+                self.shards.append(self.next_shard())
+            shard = self.shards[-1]
+            part = ids[offset : offset + shard.room]
+            shard.add(part)
+            offset += len(part)
+            shard.next = (file, batch, offset)
+            if self.manifest["val_tokens"] is None and len(self.shards) == 2 and not shard.room:
+                self.manifest["val_tokens"] = self.manifest["shard_size"]
+            while self.shards and not self.shards[0].room and self.manifest["val_tokens"] is not None:
+                self.publish()
+
+    def next_shard(self):
         size = self.manifest["shard_size"]
-        if self.manifest["val_tokens"] is None and self.buffered >= 2 * size:
-            self.manifest["val_tokens"] = size
-        while self.manifest["val_tokens"] is not None and self.buffered >= self.next_cut()[1]:
-            self.write(*self.next_cut())
+        shards = [(shard["split"], shard["tokens"]) for shard in self.manifest["shards"]]
+        shards += [(shard.split, shard.tokens) for shard in self.shards]
+        val_tokens = self.manifest["val_tokens"] or size
+        left = val_tokens - sum(tokens for split, tokens in shards if split == "val")
+        split = "val" if left > 0 else "train"
+        name = f"{self.prefix}_{split}_{len(shards):06d}.{self.manifest['file_format']}"
+        return Shard(self.data_dir / name, split, min(left, size) if left > 0 else size)
 
-    def next_cut(self):
-        """The split and the size of the next shard."""
-        written = sum(shard["tokens"] for shard in self.manifest["shards"] if shard["split"] == "val")
-        left = self.manifest["val_tokens"] - written
-        size = self.manifest["shard_size"]
-        return ("val", min(left, size)) if left > 0 else ("train", size)
-
-    def write(self, split, size):
-        import numpy as np
-
-        parts, missing = [], size
-        while missing:
-            file, batch, offset, ids = self.pending.popleft()
-            parts.append(ids[:missing])
-            if len(ids) > missing:
-                self.pending.appendleft((file, batch, offset + missing, ids[missing:]))
-            missing -= len(parts[-1])
-        self.buffered -= size
-        suffix = self.manifest["file_format"]
-        path = self.data_dir / f"{self.prefix}_{split}_{len(self.manifest['shards']):06d}.{suffix}"
-        with atomic_write(path, "wb") as out:
-            if suffix == "npy":
-                header = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
-                np.lib.format.write_array_header_1_0(out, header)
-            else:
-                out.write(np.array([BIN_MAGIC, BIN_VERSION, size] + [0] * (BIN_HEADER - 3), dtype="<i4"))
-            for part in parts:
-                out.write(part.astype("<u2", copy=False))
-        entry = {"file": path.name, "split": split, "tokens": size,
-                 "bytes": path.stat().st_size, "digest": digest(path)}
+    def publish(self):
+        """Let the first shard appear, and be in the manifest."""
+        if not self.manifest["shards"]:  # without a manifest they would be of unknown origin
+            write_manifest(self.data_dir, self.manifest)
+        shard = self.shards[0]
+        found = shard.publish()
+        entry = {"file": shard.path.name, "split": shard.split, "tokens": shard.tokens,
+                 "bytes": shard.path.stat().st_size, "digest": found}
         self.manifest["shards"].append(entry)
-        self.manifest["next"] = self.pending[0][:3] if self.pending else (file, batch + 1, 0)
+        self.manifest["next"] = shard.next
+        del self.shards[0]
         write_manifest(self.data_dir, self.manifest)
 
     def finish(self):
-        if self.manifest["val_tokens"] is None:
-            self.manifest["val_tokens"] = max(1, self.buffered // 10)
-        total = sum(shard["tokens"] for shard in self.manifest["shards"]) + self.buffered
-        if total <= self.manifest["val_tokens"]:
-            raise UserError(f"--val_tokens {self.manifest['val_tokens']} leaves nothing to train on: "
-                            f"{total} tokens in all")
-        while self.buffered:
-            split, size = self.next_cut()
-            self.write(split, min(size, self.buffered))
+        import numpy as np
+
+        total = sum(shard["tokens"] for shard in self.manifest["shards"])
+        total += sum(shard.tokens for shard in self.shards)
+        val_tokens = self.manifest["val_tokens"] or max(1, total // 10)
+        if total <= val_tokens:
+            raise UserError(f"--val_tokens {val_tokens} leaves nothing to train on: {total} tokens in all")
+        if self.manifest["val_tokens"] is None:  # then the same stream is cut anew
+            self.manifest["val_tokens"] = val_tokens
+            ids = np.concatenate([shard.ids() for shard in self.shards])
+            self.discard()
+            for file, batch, count in self.added:
+                self.add(file, batch, ids[:count])
+                ids = ids[count:]
+        if self.shards:
+            self.publish()
         self.manifest["complete"] = True
         del self.manifest["next"], self.manifest["batches"]
         write_manifest(self.data_dir, self.manifest)
+
+    def discard(self):
+        """Remove what did not appear."""
+        while self.shards:
+            self.shards.pop().discard()
 
 
 def write_manifest(data_dir, manifest):
@@ -495,9 +562,9 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
         writer.add(file, batch, ids)
 
     with progress, contextlib.ExitStack() as pools:
-        # gigatoken is threaded itself: while it encodes a batch, the ids of the one before are put together.
-        # tiktoken builds Python lists, one process a core
-        threads, processes, fast = pools.enter_context(ThreadPoolExecutor(min(2, num_proc))), None, True
+        pools.callback(writer.discard)
+        # gigatoken leaves Python's lock to others while it encodes, tiktoken's lists need a process a core
+        threads, processes, fast = pools.enter_context(ThreadPoolExecutor(num_proc)), None, True
         try:
             first_file, first_batch, _ = manifest["next"]
             for file in range(first_file, len(files)):
@@ -509,12 +576,9 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
                         spawn = multiprocessing.get_context("spawn")
                         processes = pools.enter_context(ProcessPoolExecutor(num_proc, spawn, start_worker))
                     if (file, batch) >= (first_file, first_batch):
-                        if fast:
-                            future = threads.submit(encode_fast, texts, tokenizer, num_proc > 1)
-                        else:
-                            future = (processes or threads).submit(encode, texts, tokenizer)
-                        in_flight.append((file, batch, future))
-                    while len(in_flight) > (4 if fast else 2 * num_proc):
+                        work, pool = (encode_fast, threads) if fast else (encode, processes or threads)
+                        in_flight.append((file, batch, pool.submit(work, texts, tokenizer)))
+                    while len(in_flight) > 2 * num_proc:
                         collect()
                 if batch < 0:
                     raise UserError(f"{files[file]}: no text in it")
@@ -529,7 +593,7 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
             for pool in filter(None, (threads, processes)):
                 pool.shutdown(cancel_futures=True)
             raise
-    writer.finish()
+        writer.finish()
     return manifest
 
 

@@ -90,20 +90,26 @@ def test_tiktoken_encodes_only_a_sample_beside_gigatoken(tmp_path, texts, learne
 
 
 @pytest.mark.parametrize("file_format", ["npy", "bin"])
-def test_a_shard_is_written_without_a_copy_of_it(tmp_path, file_format):
-    """The work, counted: a shard of 40 MB leaves the memory part by part."""
-    manifest = dict(file_format=file_format, shards=[])
+def test_ids_do_not_stay_in_memory(tmp_path, file_format, monkeypatch):
+    """The work, counted: 80 MB of ids reach the disk part by part, before the val split's length is known."""
+    manifest = dict(file_format=file_format, shard_size=16 * 10**6, val_tokens=None, shards=[], batches=[])
+    manifest["next"] = (0, 0, 0)
     writer = fineweb_edu.ShardWriter(tmp_path, manifest)
-    parts = [np.arange(n, n + 2 * 10**6).astype(np.uint16) for n in range(10)]
-    writer.pending.extend((0, batch, 0, part) for batch, part in enumerate(parts))
+    parts = [np.arange(n, n + 2 * 10**6).astype(np.uint16) for n in range(20)]
+    released, release = [], fineweb_edu.release
+    monkeypatch.setattr(fineweb_edu, "release", lambda file: released.append(file.tell()) or release(file))
     tracemalloc.start()
-    writer.write("train", sum(map(len, parts)))
+    for batch, part in enumerate(parts):
+        assert bool(manifest["shards"]) == (batch >= 16)  # two shards are full
+        writer.add(0, batch, part)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < parts[0].nbytes
-    path = tmp_path / manifest["shards"][0]["file"]
-    tokens = np.load(path) if file_format == "npy" else fineweb_edu.open_bin(path)
-    assert np.array_equal(tokens, np.concatenate(parts)) and tokens.dtype == np.uint16
+    assert peak < parts[0].nbytes and max(np.diff(released)) <= parts[0].nbytes
+    writer.finish()
+    paths = [tmp_path / shard["file"] for shard in manifest["shards"]]
+    shards = [np.load(path) if file_format == "npy" else fineweb_edu.open_bin(path) for path in paths]
+    assert [len(tokens) for tokens in shards] == [16 * 10**6, 16 * 10**6, 8 * 10**6]
+    assert np.array_equal(np.concatenate(shards), np.concatenate(parts)) and shards[0].dtype == np.uint16
 
 
 def test_parquet_of_any_kind_encodes_as_its_texts(tmp_path, texts, learned, monkeypatch):

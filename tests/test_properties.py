@@ -434,7 +434,7 @@ def test_hellaswag_predicts_what_one_ending_at_a_time_does(learned, examples, bl
 @cases(150)
 @given(st.lists(st.tuples(st.booleans(), TEXT), min_size=1, max_size=6))
 def test_the_fast_tokenizer_makes_the_ids_of_tiktoken(learned, batch):
-    assert encode_fast(batch, learned, parallel=False).tolist() == encode(batch, learned).tolist()
+    assert encode_fast(batch, learned).tolist() == encode(batch, learned).tolist()
 
 
 @cases(80)
@@ -467,17 +467,17 @@ def test_the_shards_are_the_ids_of_the_documents(learned, contents, data, shard_
             fineweb_edu.prepare(inputs, path / "data", {}, learned, "text", shard_size, val_tokens)
 
         if stop_at:  # as if killed when so many shards stood
-            write = fineweb_edu.ShardWriter.write
+            publish = fineweb_edu.ShardWriter.publish
 
-            def stop(self, split, size):
+            def stop(self):
                 if len(self.manifest["shards"]) == stop_at:
                     raise KeyboardInterrupt
-                write(self, split, size)
+                publish(self)
 
-            patch.setattr(fineweb_edu.ShardWriter, "write", stop)
+            patch.setattr(fineweb_edu.ShardWriter, "publish", stop)
             with contextlib.suppress(KeyboardInterrupt, UserError):
                 go()
-            patch.setattr(fineweb_edu.ShardWriter, "write", write)
+            patch.setattr(fineweb_edu.ShardWriter, "publish", publish)
         by_size = shard_size if len(stream) >= 2 * shard_size else max(1, len(stream) // 10)
         expected_val = val_tokens or by_size
         try:
