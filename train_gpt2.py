@@ -507,9 +507,15 @@ def train(args, at_exit):
         if meta.get("scaler") and scaler.is_enabled():
             scaler.load_state_dict(meta["scaler"])
 
+    def on_device(batch):
+        """Inputs and targets where the model is; a GPU takes them from pinned memory while it computes."""
+        if device_type != "cuda":
+            return [tokens.to(device) for tokens in batch]
+        return [tokens.contiguous().pin_memory().to(device, non_blocking=True) for tokens in batch]
+
     def warm_up(model):
         """One forward and backward pass that leaves nothing behind."""
-        x, y = (tokens.to(device) for tokens in train_loader.batch(0, B))  # another layout would compile anew
+        x, y = on_device(train_loader.batch(0, B))  # another layout would compile anew
         with autocast:
             _, loss = model(x, y)
         loss.backward()
@@ -558,10 +564,10 @@ def train(args, at_exit):
             check_stop()
             count = min(B, val_windows - first)
             if count > 0:
-                x, y = val_loader.batch(first, count)
+                x, y = on_device(val_loader.batch(first, count))
                 forward = compiled if count == B else raw_model  # what is compiled knows one shape
                 with autocast:
-                    _, loss = forward(x.to(device), y.to(device))
+                    _, loss = forward(x, y)
                 losses.append(loss.float() * count)
         raw_model.train()
         total = torch.stack(losses).cpu().double().sum()
@@ -619,9 +625,9 @@ def train(args, at_exit):
         windows = args.total_batch_size // T  # all ranks' of the step
         for n in [step * windows + i for i in range(windows) if i // B % world_size == rank]:
             optimizer.zero_grad()
-            x, y = train_loader.batch(n, 1)
+            x, y = on_device(train_loader.batch(n, 1))
             with autocast:
-                _, loss = raw_model(x.to(device), y.to(device))
+                _, loss = raw_model(x, y)
             loss.backward()
             if not all(value.isfinite().all() for value in (loss, *(p.grad for p in raw_model.parameters()))):
                 path, _, start = train_loader.place(n)
@@ -699,7 +705,7 @@ def train(args, at_exit):
             loss_mean = torch.zeros((), device=device)
             for micro_step in range(grad_accum_steps):
                 check_stop()
-                x, y = (tokens.to(device) for tokens in train_loader.next_batch())
+                x, y = on_device(train_loader.next_batch())
                 if ddp:  # gradients are summed over the ranks once, at the end; forward reads this already
                     model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
                 with autocast:
