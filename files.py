@@ -95,7 +95,7 @@ def atomic_write(path, mode="w"):
 
 
 def release(file):
-    """Let what was written go to the disk by and by, and then out of memory, which 20 GB of shards would fill.
+    """Let what was written go to the disk by and by, then out of memory, which 20 GB of shards would fill.
 
     It is faster, too: what is written next takes the same pages, where fresh ones had to be cleared.
     """
