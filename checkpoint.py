@@ -319,6 +319,13 @@ def pick_device(name=None):
     return name
 
 
+def to_device(tensor, device):
+    """A tensor of the CPU on a device; a GPU takes it from pinned memory, behind the work it has to do."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
 def main(args):
     if args.command == "export":
         from export import export  # transformers takes a second to import

@@ -365,7 +365,7 @@ class Shard:
 
     def discard(self):
         with contextlib.suppress(KeyboardInterrupt), self.writing:
-            raise KeyboardInterrupt  # what is given up is removed
+            raise KeyboardInterrupt  # atomic_write removes what is broken off
 
 
 def header(path, tokens):

@@ -77,7 +77,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from checkpoint import load_model_and_tokenizer  # noqa: E402
+from checkpoint import load_model_and_tokenizer, to_device  # noqa: E402
 from packed import onednn_is_faster, pack  # noqa: E402
 
 
@@ -223,7 +223,8 @@ def score_batch(model, batch, device):
     length = len(batch[0].ids)
 
     def padded(lists, value):
-        return torch.tensor([ids + [value] * (length - len(ids)) for ids in lists]).to(device)  # (B, T)
+        rows = torch.tensor([ids + [value] * (length - len(ids)) for ids in lists])  # (B, T)
+        return to_device(rows, device)
 
     ids = padded([row.ids for row in batch], 0)
     positions = padded([row.positions for row in batch], 0)
@@ -232,8 +233,9 @@ def score_batch(model, batch, device):
     same = segments.unsqueeze(2) == segments.unsqueeze(1)  # (B, T, T)
     mask = ((segments == 0).unsqueeze(1) | same).tril().unsqueeze(1)  # (B, 1, T, T)
     features = model.features(ids, positions, mask)  # (B, T, C)
-    scored = torch.tensor([length * b + at for b, row in enumerate(batch) for at in row.scored_at]).to(device)
-    targets = torch.tensor([target for row in batch for target in row.targets]).to(device)
+    scored = [length * b + at for b, row in enumerate(batch) for at in row.scored_at]
+    scored = to_device(torch.tensor(scored), device)
+    targets = to_device(torch.tensor([target for row in batch for target in row.targets]), device)
     return model.token_losses(features.flatten(0, 1)[scored], targets)
 
 

@@ -508,10 +508,7 @@ def train(args, at_exit):
             scaler.load_state_dict(meta["scaler"])
 
     def on_device(batch):
-        """Inputs and targets where the model is; a GPU takes them from pinned memory while it computes."""
-        if device_type != "cuda":
-            return [tokens.to(device) for tokens in batch]
-        return [tokens.contiguous().pin_memory().to(device, non_blocking=True) for tokens in batch]
+        return [checkpoint.to_device(tokens, device) for tokens in batch]  # inputs and targets
 
     def warm_up(model):
         """One forward and backward pass that leaves nothing behind."""

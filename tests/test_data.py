@@ -167,6 +167,27 @@ def test_sizes_of_the_splits(tmp_path, learned, shard_size, val_tokens, expected
     assert [(shard["split"], shard["tokens"]) for shard in manifest["shards"]] == expected
 
 
+@pytest.mark.parametrize("shard_size", [400, 10**6])  # of two shards and more, and of less
+def test_a_kill_between_a_shard_and_the_manifest(tmp_path, learned, monkeypatch, shard_size):
+    (tmp_path / "a.txt").write_text("\x00" * 1000)
+    arguments = [tmp_path / "a.txt"], tmp_path / "out", {}, learned, "text", shard_size
+    write_manifest = fineweb_edu.write_manifest
+
+    def killed(data_dir, manifest):
+        if manifest["shards"]:
+            raise KeyboardInterrupt
+        write_manifest(data_dir, manifest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb_edu, "write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(*arguments)
+    assert [path.name for path in (tmp_path / "out").glob("*.npy")] == ["out_val_000000.npy"]
+    prepare(*arguments)
+    assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(["\x00" * 1000], learned))
+    assert verify(tmp_path / "out") == 1001
+
+
 def test_tinyshakespeare(tmp_path, real_data, gpt2_tokenizer):
     process = run_script("fineweb_edu.py", "--input", real_data / "tinyshakespeare.txt",
                          "--data_dir", tmp_path / "out")

@@ -1,0 +1,83 @@
+"""A CUDA device does what the CPU does: the same run, the same predictions, the same text. Skipped without one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import close, flags_of, read_log, run_script
+
+import checkpoint
+import hellaswag
+from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def run(shards, log_dir, *flags):
+    """A run of the script on the device, in its default precision and compiled; its log and its words."""
+    process = run_script("train_gpt2.py", *flags_of(shards, log_dir, "--device", DEVICE, "--compile", *flags))
+    return read_log(log_dir), process.stdout
+
+
+@pytest.fixture(scope="module")
+def on_device(shards, tmp_path_factory):
+    """A whole run: its directory, its log and its words."""
+    log_dir = tmp_path_factory.mktemp("device") / "log"
+    return log_dir, *run(shards, log_dir)
+
+
+def test_loss_and_gradients_are_the_cpus():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=2, n_head=2, n_embd=64))
+    x, y = torch.randint(512, (2, 4, 64))
+    found = []
+    for device in ("cpu", DEVICE):
+        model.to(device).zero_grad()
+        _, loss = model(x.to(device), y.to(device))
+        loss.backward()
+        tensors = (loss, model(x.to(device))[0], *(p.grad for p in model.parameters()))
+        found.append([tensor.detach().cpu() for tensor in tensors])
+    for one, other in zip(*found):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_follows_the_cpus(on_device, whole):
+    log_dir, figures, words = on_device
+    assert "bfloat16 on cuda" in words and ", compiled" in words
+    losses = {key for key in figures if key[1] in ("train", "val")}
+    assert losses == {key for key in whole[1] if key[1] in ("train", "val")}
+    for key in losses:  # of products with 8 bits; the first and the last loss are 1.5 apart
+        assert float(figures[key]) == pytest.approx(float(whole[1][key]), rel=0.02)
+
+
+def test_a_run_goes_on(on_device, shards, tmp_path):
+    """From a checkpoint of the device, and from one of the CPU on the device."""
+    run(shards, tmp_path / "log")
+    shutil.rmtree(tmp_path / "log" / "ckpt_000012")
+    figures, words = run(shards, tmp_path / "log", "--resume")
+    assert "ckpt_000008 at step 8" in words and close(figures, on_device[1], 1e-2)
+
+
+def test_a_run_of_the_cpu_goes_on_there(whole, shards, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "log")
+    shutil.rmtree(tmp_path / "log" / "ckpt_000012")
+    figures, words = run(shards, tmp_path / "log", "--resume", "--dtype", "float32")
+    assert "ckpt_000008 at step 8" in words and close(figures, whole[1], 1e-2)
+
+
+def test_predictions_and_text_are_the_cpus(on_device, learned, texts, tmp_path):
+    examples = [{"ctx": text[:90], "endings": [text[100 + 40 * i : 140 + 40 * i] for i in range(4)], "label": 0}
+                for text in texts[:40] if len(text) > 300]
+    model, tokenizer = checkpoint.load_model(on_device[0]), get_tokenizer(learned)
+    prompt = torch.tensor([tokenizer.encode_ordinary("The"), tokenizer.encode_ordinary("if ")])[:, :1]
+    there = hellaswag.evaluate(model.to(DEVICE), tokenizer, examples)["loglikelihoods"]
+    text = model.generate(prompt.to(DEVICE), 60, temperature=0).cpu()  # beyond the context of 32
+    here = hellaswag.evaluate(model.to("cpu"), tokenizer, examples)["loglikelihoods"]
+    assert torch.allclose(torch.tensor(there), torch.tensor(here), rtol=1e-3)
+    assert torch.equal(text, model.generate(prompt, 60, temperature=0))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    for command in (("hellaswag.py", "--data", tmp_path / "data.jsonl"), ("sample.py", "-p", "The")):
+        run_script(*command, "-m", on_device[0], "-d", DEVICE)
