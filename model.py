@@ -464,14 +464,13 @@ def next_token(logits, temperature, top_k, top_p, generator):
         raise ValueError("the model's logits are not finite: its training has diverged")
     if temperature < 1e-6:  # the division below would overflow
         return logits.argmax(dim=-1, keepdim=True)
-    logits = (logits - largest) / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+    logits, ids, top_p = (logits - largest) / temperature, None, top_p or 1
+    if top_k or top_p < 1:  # the likeliest first, and no others: a draw from all takes longer
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k)
     probs = logits.softmax(dim=-1)
-    if top_p is not None:
-        top_p = max(top_p, 1e-30)  # a smaller one may be 0 as a float32: not even the likeliest would stay
-        probs_sorted, order = probs.sort(dim=-1, descending=True)
-        before = probs_sorted.cumsum(dim=-1) - probs_sorted  # the probability of all likelier tokens
-        probs = torch.zeros_like(probs).scatter_(-1, order, probs_sorted.masked_fill(before >= top_p, 0.0))
-    return torch.multinomial(probs, num_samples=1, generator=generator)
+    if top_p < 1:
+        before = probs.cumsum(dim=-1) - probs  # the probability of all likelier tokens
+        # a smaller top_p may be 0 as a float32: not even the likeliest would stay
+        probs = probs.masked_fill(before >= max(top_p, 1e-30), 0.0)
+    choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
+    return choice if ids is None else ids.gather(-1, choice)

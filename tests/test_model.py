@@ -233,13 +233,27 @@ def test_padding_is_never_sampled(gpt):
     assert GPTConfig().num_tokens == 50257
 
 
+def test_only_what_may_be_drawn_is_drawn_from(monkeypatch):
+    """The work, counted: a draw costs a random number for each candidate."""
+    widths, multinomial = [], torch.multinomial
+
+    def watched(probs, **settings):
+        widths.append(probs.size(1))
+        return multinomial(probs, **settings)
+
+    monkeypatch.setattr(torch, "multinomial", watched)
+    for top_k, top_p in ((5, None), (5, 0.9), (None, 1.0), (1000, None)):
+        model_module.next_token(torch.randn(2, 100), 1.0, top_k, top_p, None)
+    assert widths == [5, 5, 100, 100]
+
+
 def test_temperature_top_k_and_top_p():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().repeat(4000, 1)
 
     def shares(**settings):
         settings = dict(temperature=1.0, top_k=None, top_p=None) | settings
         drawn = model_module.next_token(logits, generator=torch.Generator().manual_seed(0), **settings)
-        return (drawn.flatten().bincount(minlength=4) / 4000).tolist()
+        return (drawn.flatten().bincount(minlength=4) / 4000)[[1, 3, 0, 2]].tolist()  # the likeliest first
 
     assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
     assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
