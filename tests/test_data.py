@@ -188,6 +188,15 @@ def test_a_kill_between_a_shard_and_the_manifest(tmp_path, learned, monkeypatch,
     assert verify(tmp_path / "out") == 1001
 
 
+def test_a_preparation_that_breaks_off_leaves_no_half_shard(tmp_path, learned, monkeypatch):
+    monkeypatch.setattr(fineweb_edu, "BATCH_CHARS", 50)
+    (tmp_path / "a.txt").write_text("A few words. " * 100)
+    with pytest.raises(UserError, match="no such file"):
+        prepare([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out", {}, learned, "text", 70)
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert "out_train_000001.npy" in names and not any(name.startswith(".") for name in names)
+
+
 def test_tinyshakespeare(tmp_path, real_data, gpt2_tokenizer):
     process = run_script("fineweb_edu.py", "--input", real_data / "tinyshakespeare.txt",
                          "--data_dir", tmp_path / "out")
