@@ -307,7 +307,11 @@ def encode_fast(batch, tokenizer):
         return encode(batch, tokenizer)
     ids, offsets = encoded.layout.content.data, encoded.layout.offsets.data  # numpy arrays
     starts = offsets[:-1][starts_document]
-    return np.insert(ids.astype(np.uint16), starts, get_tokenizer(tokenizer).eot_token)
+    stream = np.full(len(ids) + len(starts), get_tokenizer(tokenizer).eot_token, dtype=np.uint16)
+    of_text = np.ones(len(stream), dtype=bool)
+    of_text[starts + np.arange(len(starts))] = False
+    stream[of_text] = ids  # what np.insert does, in half the time
+    return stream
 
 
 def encodes_alike(batch, tokenizer):
@@ -571,7 +575,8 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
                 batch = -1
                 for batch, texts in enumerate(batches(local_file(str(files[file])), column)):
                     if batch == 0:
-                        fast = fast and encodes_alike(texts, tokenizer)
+                        # on a thread of the pool, which keeps the tokenizer that is made for it
+                        fast = fast and threads.submit(encodes_alike, texts, tokenizer).result()
                     if not fast and not processes and num_proc > 1:  # spawned: a fork is not safe here
                         spawn = multiprocessing.get_context("spawn")
                         processes = pools.enter_context(ProcessPoolExecutor(num_proc, spawn, start_worker))

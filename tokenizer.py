@@ -9,12 +9,14 @@ import argparse
 import functools
 import json
 import tempfile
+import threading
 from base64 import b64encode
 from pathlib import Path
 
 from files import UserError, atomic_write, run
 
 END_OF_TEXT = "<|endoftext|>"  # stands before each document; the only special token
+per_thread = threading.local()  # tokenizers that one thread at a time can use
 
 
 def parse_args(argv=None):
@@ -66,20 +68,31 @@ def get_tokenizer(name="gpt2"):
     return encoding
 
 
-@functools.cache
 def get_fast_tokenizer(name="gpt2"):
-    """gigatoken's tokenizer of the same ids, for many texts at once; None where it isn't installed."""
+    """gigatoken's tokenizer of the same ids, for many texts at once; None where it isn't installed.
+
+    Each thread has its own, for it lets in one at a time.
+    """
     try:
         import gigatoken
     except ImportError:
         return None
+    made = vars(per_thread)
+    if name not in made:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "ranks.tiktoken"
+            path.write_bytes(rank_lines(name))
+            made[name] = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
+    return made[name]
+
+
+@functools.cache
+def rank_lines(name):
+    """The tokens of a tokenizer in the form of tiktoken's files, a line each: base64 and rank."""
     encoding = get_tokenizer(name)
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "ranks.tiktoken"
-        with open(path, "wb") as file:
-            for rank in range(encoding.eot_token):  # <|endoftext|> is the last id: no text encodes to it
-                file.write(b"%b %d\n" % (b64encode(encoding.decode_single_token_bytes(rank)), rank))
-        return gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
+    # <|endoftext|> is the last id: no text encodes to it
+    tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
+    return b"".join(b"%b %d\n" % (b64encode(token), rank) for rank, token in enumerate(tokens))
 
 
 @functools.cache

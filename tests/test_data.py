@@ -8,6 +8,7 @@ import json
 import shutil
 import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import hub
 import numpy as np
@@ -87,6 +88,26 @@ def test_tiktoken_encodes_only_a_sample_beside_gigatoken(tmp_path, texts, learne
     assert len(encoded) == 1 and encoded[0] <= 64 * 4096 < sum(map(len, texts * 6)) / 5
     assert set(sizes) == {64}
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts * 6, learned))
+
+
+def test_each_thread_has_a_tokenizer_of_its_own(tmp_path, texts, learned, monkeypatch):
+    """gigatoken's lets in one thread at a time: shared, it would leave all cores but one idle."""
+    meet = threading.Barrier(2, timeout=60)
+
+    def two_calls(_):
+        meet.wait()  # so that neither thread does the work of both
+        return get_fast_tokenizer(learned), get_fast_tokenizer(learned)
+
+    with ThreadPoolExecutor(2) as pool:
+        (a, a_again), (b, b_again) = pool.map(two_calls, range(2))
+    assert a is a_again and b is b_again and a is not b
+
+    callers = set()
+    monkeypatch.setattr(fineweb_edu, "get_fast_tokenizer",
+                        lambda name: callers.add(threading.get_ident()) or get_fast_tokenizer(name))
+    write_parquet(tmp_path / "a.parquet", texts)
+    prepare([tmp_path / "a.parquet"], tmp_path / "out", {}, tokenizer=learned, num_proc=1)
+    assert len(callers) == 1 and callers != {threading.get_ident()}  # none is made to look at a sample alone
 
 
 @pytest.mark.parametrize("file_format", ["npy", "bin"])
