@@ -173,6 +173,21 @@ def test_chunked_loss_under_autocast(gpt):
     assert (gpt.lm_head.weight.grad - expected).norm() < 0.02 * expected.norm()
 
 
+def test_the_whole_training_pass_is_one_graph(gpt, monkeypatch):
+    """A GPU compiles the loss with the rest: nothing in it, nor in its slices, breaks the graph."""
+    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 100 * 96)
+    x, y = tokens(8, 32), tokens(8, 32, seed=1)
+    results = []
+    for model in (gpt, torch.compile(gpt, backend="aot_eager", fullgraph=True)):
+        gpt.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            _, loss = model(x, y)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in gpt.parameters())])
+    for plain, compiled in zip(*results):
+        assert (plain - compiled).norm() <= 1e-2 * plain.norm()
+
+
 def test_the_loss_holds_one_slice_of_logits_and_no_copy_of_it(monkeypatch):
     """The largest tensor that the loss computes with is a slice of the logits, made once and worked on in
     place; the slices are equal, for a short one would read the whole matrix for a few rows."""
