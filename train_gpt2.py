@@ -670,10 +670,11 @@ def train(args, at_exit):
             torch.manual_seed(hash((args.seed, step, rank)) % 2**63)
 
             # once in a while: validation loss, HellaSwag, a few samples, a checkpoint
+            model_now = args.init_from if args.eval_only else f"step {step}"
             if due(args.val_every):
                 val_loss = evaluate_loss()
                 log(val=val_loss)
-                words = f"step {step}: val loss {val_loss:.4f} nats per token"
+                words = f"{model_now}: val loss {val_loss:.4f} nats per token"
                 if tokenizer:
                     nats_per_byte = val_loss / bytes_per_token
                     log(val_bpb=nats_per_byte / math.log(2))
@@ -685,7 +686,7 @@ def train(args, at_exit):
             if examples and due(args.hellaswag_every):
                 accuracy = evaluate_hellaswag()
                 log(hella=accuracy)
-                say(f"step {step}: HellaSwag acc_norm {accuracy:.4f} on {len(examples)} examples")
+                say(f"{model_now}: HellaSwag acc_norm {accuracy:.4f} on {len(examples)} examples")
             if rank == 0 and (due(args.val_every) or due(args.hellaswag_every)):
                 report()
             if tokenizer and due(args.sample_every) and rank == 0:

@@ -227,7 +227,7 @@ def test_eval_only_measures_the_newest_checkpoint_and_writes_nothing(shards, who
     before = {path: path.read_bytes() for path in log_dir.rglob("*") if path.is_file()}
     main(parse_args(list(map(str, flags_of(shards, log_dir, "--eval_only", "--sample_every", 4)))))
     out = capsys.readouterr().out
-    assert f"val loss {float(whole[1][12, 'val']):.4f}" in out and f"{log_dir}/ckpt_000012" in out
+    assert f"{log_dir}/ckpt_000012: val loss {float(whole[1][12, 'val']):.4f}" in out and "step 0" not in out
     assert "Hello, I'm a language model," in out and "finished" not in out and "saved" not in out
     assert before == {path: path.read_bytes() for path in log_dir.rglob("*") if path.is_file()}
     # another model on other data of the same tokenizer: here 300 tokens fewer
