@@ -16,7 +16,8 @@ from pathlib import Path
 from files import UserError, atomic_write, run
 
 END_OF_TEXT = "<|endoftext|>"  # stands before each document; the only special token
-per_thread = threading.local()  # tokenizers that one thread at a time can use
+RENEW_AFTER = 1000  # calls for a thread's gigatoken, which are 4 GB of fineweb_edu.py's text
+per_thread = threading.local()  # by name: its gigatoken, and how often that was asked for
 
 
 def parse_args(argv=None):
@@ -69,21 +70,23 @@ def get_tokenizer(name="gpt2"):
 
 
 def get_fast_tokenizer(name="gpt2"):
-    """gigatoken's tokenizer of the same ids, for many texts at once; None where it isn't installed.
+    """gigatoken's tokenizer of the same ids, for a batch of texts; None where it isn't installed.
 
-    Each thread has its own, for it lets in one at a time.
+    Each thread has its own, for it lets in one at a time, and a new one after RENEW_AFTER calls: what it
+    remembers of the words it met is never forgotten (github.com/marcelroed/gigatoken/issues/36).
     """
     try:
         import gigatoken
     except ImportError:
         return None
-    made = vars(per_thread)
-    if name not in made:
+    tokenizer, calls = vars(per_thread).get(name, (None, 0))
+    if calls % RENEW_AFTER == 0:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "ranks.tiktoken"
             path.write_bytes(rank_lines(name))
-            made[name] = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
-    return made[name]
+            tokenizer = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
+    vars(per_thread)[name] = tokenizer, calls + 1
+    return tokenizer
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import pytest
 from conftest import refused, run_script
 
 import fineweb_edu
+import tokenizer
 from files import UserError
 from fineweb_edu import open_shards, prepare, verify
 from tokenizer import get_fast_tokenizer, get_tokenizer, train
@@ -101,6 +102,11 @@ def test_each_thread_has_a_tokenizer_of_its_own(tmp_path, texts, learned, monkey
     with ThreadPoolExecutor(2) as pool:
         (a, a_again), (b, b_again) = pool.map(two_calls, range(2))
     assert a is a_again and b is b_again and a is not b
+
+    monkeypatch.setattr(tokenizer, "RENEW_AFTER", 3)  # its memory of words would grow for ever
+    with ThreadPoolExecutor(1) as pool:
+        made = [pool.submit(get_fast_tokenizer, learned).result() for _ in range(7)]
+    assert [one is other for one, other in zip(made, made[1:])] == [True, True, False, True, True, False]
 
     callers = set()
     monkeypatch.setattr(fineweb_edu, "get_fast_tokenizer",
