@@ -350,12 +350,19 @@ class Shard:
         self.tokens += len(ids)
         self.room -= len(ids)
 
-    def ids(self):
-        """The ids written so far."""
-        import numpy as np
-
-        self.file.seek(len(header(self.path, 0)))
-        return np.frombuffer(self.file.read(), dtype="<u2")
+    @contextlib.contextmanager
+    def set_aside(self):
+        """Its ids as a file to read from, which is gone behind the context, as the shard is at once."""
+        aside = self.path.with_name(f".{self.path.name}.aside.tmp")
+        self.file.close()
+        os.replace(self.file.name, aside)
+        self.discard()
+        try:
+            with open(aside, "rb") as file:
+                file.seek(len(header(self.path, 0)))
+                yield file
+        finally:
+            aside.unlink()
 
     def publish(self):
         """Let it appear, of the size that it has by now; return its digest."""
@@ -448,11 +455,14 @@ class ShardWriter:
             raise UserError(f"--val_tokens {val_tokens} leaves nothing to train on: {total} tokens in all")
         if self.manifest["val_tokens"] is None:  # then the same stream is cut anew
             self.manifest["val_tokens"] = val_tokens
-            ids = np.concatenate([shard.ids() for shard in self.shards])
-            self.discard()
-            for file, batch, count in self.added:
-                self.add(file, batch, ids[:count])
-                ids = ids[count:]
+            with contextlib.ExitStack() as asides:
+                files = [asides.enter_context(shard.set_aside()) for shard in self.shards]
+                self.shards = []
+                for file, batch, count in self.added:
+                    ids = b""
+                    for old in files:  # what is at its end gives nothing
+                        ids += old.read(2 * count - len(ids))
+                    self.add(file, batch, np.frombuffer(ids, dtype="<u2"))
         if self.shards:
             self.publish()
         self.manifest["complete"] = True

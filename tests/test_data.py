@@ -139,6 +139,26 @@ def test_ids_do_not_stay_in_memory(tmp_path, file_format, monkeypatch):
     assert np.array_equal(np.concatenate(shards), np.concatenate(parts)) and shards[0].dtype == np.uint16
 
 
+def test_a_stream_is_cut_anew_part_by_part(tmp_path):
+    """The work, counted: 48 MB of ids are less than two shards, and pass through memory in parts."""
+    manifest = dict(file_format="npy", shard_size=16 * 10**6, val_tokens=None, shards=[], batches=[])
+    manifest["next"] = (0, 0, 0)
+    writer = fineweb_edu.ShardWriter(tmp_path, manifest)
+    parts = [np.arange(n, n + 2 * 10**6).astype(np.uint16) for n in range(12)]
+    for batch, part in enumerate(parts):
+        writer.add(0, batch, part)
+    tracemalloc.start()
+    writer.finish()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * parts[0].nbytes
+    names = [shard["file"] for shard in manifest["shards"]]
+    assert sorted(names + ["manifest.json"]) == sorted(path.name for path in tmp_path.iterdir())
+    shards = [np.load(tmp_path / name) for name in names]
+    assert [len(tokens) for tokens in shards] == [2_400_000, 16 * 10**6, 5_600_000]
+    assert np.array_equal(np.concatenate(shards), np.concatenate(parts))
+
+
 def test_parquet_of_any_kind_encodes_as_its_texts(tmp_path, texts, learned, monkeypatch):
     """Empty documents, an empty file but for them, large strings, a dictionary, many batches."""
     monkeypatch.setattr(fineweb_edu, "BATCH_CHARS", 50_000)
