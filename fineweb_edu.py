@@ -352,7 +352,7 @@ class Shard:
 
     @contextlib.contextmanager
     def set_aside(self):
-        """Its ids as a file to read from, which is gone behind the context, as the shard is at once."""
+        """Give the shard up: its ids become a file to read from, which is removed behind the context."""
         aside = self.path.with_name(f".{self.path.name}.aside.tmp")
         self.file.close()
         os.replace(self.file.name, aside)
