@@ -116,13 +116,19 @@ def test_each_thread_has_a_tokenizer_of_its_own(tmp_path, texts, learned, monkey
     assert len(callers) == 1 and callers != {threading.get_ident()}  # none is made to look at a sample alone
 
 
+def writer_and_ids(directory, file_format, count):
+    """The writer of a new directory, 16M ids a shard, and `count` parts of 2M ids to give it."""
+    manifest = dict(file_format=file_format, shard_size=16 * 10**6, val_tokens=None, shards=[], batches=[])
+    manifest["next"] = (0, 0, 0)
+    parts = [np.arange(n, n + 2 * 10**6).astype(np.uint16) for n in range(count)]
+    return fineweb_edu.ShardWriter(directory, manifest), parts
+
+
 @pytest.mark.parametrize("file_format", ["npy", "bin"])
 def test_ids_do_not_stay_in_memory(tmp_path, file_format, monkeypatch):
     """The work, counted: 80 MB of ids reach the disk part by part, before the val split's length is known."""
-    manifest = dict(file_format=file_format, shard_size=16 * 10**6, val_tokens=None, shards=[], batches=[])
-    manifest["next"] = (0, 0, 0)
-    writer = fineweb_edu.ShardWriter(tmp_path, manifest)
-    parts = [np.arange(n, n + 2 * 10**6).astype(np.uint16) for n in range(20)]
+    writer, parts = writer_and_ids(tmp_path, file_format, 20)
+    manifest = writer.manifest
     released, release = [], fineweb_edu.release
     monkeypatch.setattr(fineweb_edu, "release", lambda file: released.append(file.tell()) or release(file))
     tracemalloc.start()
@@ -141,10 +147,7 @@ def test_ids_do_not_stay_in_memory(tmp_path, file_format, monkeypatch):
 
 def test_a_stream_is_cut_anew_part_by_part(tmp_path):
     """The work, counted: 48 MB of ids are less than two shards, and pass through memory in parts."""
-    manifest = dict(file_format="npy", shard_size=16 * 10**6, val_tokens=None, shards=[], batches=[])
-    manifest["next"] = (0, 0, 0)
-    writer = fineweb_edu.ShardWriter(tmp_path, manifest)
-    parts = [np.arange(n, n + 2 * 10**6).astype(np.uint16) for n in range(12)]
+    writer, parts = writer_and_ids(tmp_path, "npy", 12)
     for batch, part in enumerate(parts):
         writer.add(0, batch, part)
     tracemalloc.start()
@@ -152,7 +155,7 @@ def test_a_stream_is_cut_anew_part_by_part(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * parts[0].nbytes
-    names = [shard["file"] for shard in manifest["shards"]]
+    names = [shard["file"] for shard in writer.manifest["shards"]]
     assert sorted(names + ["manifest.json"]) == sorted(path.name for path in tmp_path.iterdir())
     shards = [np.load(tmp_path / name) for name in names]
     assert [len(tokens) for tokens in shards] == [2_400_000, 16 * 10**6, 5_600_000]
