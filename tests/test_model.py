@@ -1,6 +1,7 @@
 """The model: equal to Hugging Face's GPT-2, and what it promises of its loss, its cache and its refusals."""
 
 import math
+import re
 
 import pytest
 import safetensors.torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 import transformers
 
 import model as model_module
-from model import GPT, GPT2_SIZES, GPTConfig
+from model import GPT, GPT2_SIZES, GPTConfig, LinearCrossEntropy, row_slices
 
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=4, n_embd=32)
 
@@ -147,7 +148,7 @@ def plain_loss(gpt, x, y):
 
 
 def test_chunked_loss_has_the_plain_gradients(gpt, monkeypatch):
-    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 7 * 96)  # 37 slices of 7 rows, the last shorter
+    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 48 * 96)  # five slices of 48 rows, the last of 16
     x, y = tokens(8, 32), tokens(8, 32, seed=1)
     results = []
     for loss in (plain_loss(gpt, x, y), gpt(x, y)[1]):
@@ -216,6 +217,33 @@ def test_the_loss_holds_one_slice_of_logits_and_no_copy_of_it(monkeypatch):
             gpt(x, x)
     large = [size for size in made.sizes if size > 8 * 4096]  # more than the matrix itself
     assert large == [64 * 4096] * 4
+
+
+def test_slices_cover_the_rows_in_multiples_of_16():
+    for count in (0, 1, 16, 17, 1000, 4096, 32768):
+        x = torch.empty(count, 1)
+        slices = row_slices(x, 50304)
+        assert [i for rows in slices for i in range(count)[rows]] == list(range(count))
+        assert all(rows.start % 16 == 0 for rows in slices)
+        sizes = [len(x[rows]) for rows in slices]
+        assert not sizes or max(sizes) <= 2**25 / 50304 and max(sizes) - min(sizes) <= 16 * len(sizes)
+
+
+def test_compiled_in_16_bits_the_loss_holds_no_logits_in_32():
+    """On a GPU bytes are time: log-softmax, exp and gradient are one kernel, from bf16 to bf16."""
+    from torch._inductor.utils import run_and_get_code
+
+    weight = torch.randn(4096, 16, requires_grad=True)
+    x = torch.randn(64, 16, requires_grad=True)
+
+    @torch.compile(fullgraph=True)
+    def loss_of(x, weight, targets):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return LinearCrossEntropy.apply(x, weight, targets)
+
+    _, code = run_and_get_code(loss_of, x, weight, tokens(64, vocab=4096))
+    made = re.findall(r"empty_strided_cpu\(\((\d+), (\d+)\).*torch\.(\w+)\)", code[0])
+    assert {dtype for rows, columns, dtype in made if {rows, columns} == {"64", "4096"}} == {"bfloat16"}
 
 
 def test_cache_is_the_uncached_model(gpt):
