@@ -268,7 +268,7 @@ def sample_arm(name, device, batch_size, directory=None):
 
     torch.set_grad_enabled(False)
     prompt = torch.tensor([PROMPT] * batch_size).to(device)
-    model = gpt(device, {"ours int8": None, "ours": None}.get(name, name), directory)[0].eval()
+    model = gpt(device, None if name.startswith("ours") else name, directory)[0].eval()
     if name == "limit":
         layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
         inputs = [torch.randn(batch_size, layer.in_features, device=device) for layer in layers]
@@ -285,6 +285,12 @@ def sample_arm(name, device, batch_size, directory=None):
     elif name == "nanoGPT":
         def generate():
             return model.generate(prompt, 128, top_k=1)
+    elif name == "tutorial":  # all logits of all tokens, anew for each
+        def generate():
+            tokens = prompt
+            for _ in range(128):
+                tokens = torch.cat([tokens, model(tokens)[0][:, -1:].argmax(-1)], dim=1)
+            return tokens
     else:
         plain = model.generate(prompt, 128, temperature=0)
         predicted = model(plain)[0].argmax(-1)
@@ -449,8 +455,9 @@ def bench_hellaswag(args):
 def bench_sample(args):
     rows = [("ours", 1), ("ours", 8)] + ([("ours int8", 1)] if args.device == "cpu" else [])
     for name, batch_size in rows:
-        # without a cache, a batch of eight takes nanoGPT minutes
-        peers = ["transformers"] + [peer for peer in args.peers if peer == "nanoGPT" and batch_size == 1]
+        peers = ["transformers"]
+        if (name, batch_size) == ("ours", 1):  # without a cache, a batch of eight takes minutes
+            peers += ["tutorial", *(peer for peer in args.peers if peer == "nanoGPT")]
         results = compare("sample", peers, args.rounds, name, device=args.device, batch_size=batch_size,
                           directories=args.peers)
         units = [(a, limit) for mine, _, limits in results.values() for a, limit in zip(mine, limits)]
@@ -573,7 +580,35 @@ def seconds(command, **options):
     return time.perf_counter() - started
 
 
+def first_step(device, directory, cache):
+    """Seconds that train_gpt2.py needs to its first step, with Inductor's cache in a directory."""
+    B, T = (32, 1024) if device == "cuda" else (4, 256)
+    flags = dict(data_dir=directory, log_dir=tempfile.mkdtemp(dir=directory), device=device, max_steps=1,
+                 total_batch_size=B * T, micro_batch_size=B, sequence_length=T, val_tokens=T)
+    flags |= dict.fromkeys(("val_every", "hellaswag_every", "sample_every", "save_every"), 0)
+    command = [sys.executable, Path(__file__).parent / "train_gpt2.py"]
+    command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    started = time.perf_counter()
+    with subprocess.Popen(command, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        words = []
+        for line in process.stdout:
+            words.append(line)
+            if line.startswith("step     0 |"):
+                return time.perf_counter() - started
+    sys.exit(f"error: train_gpt2.py ended: {''.join(words)[-2000:]}")
+
+
 def bench_start(args):
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as directory:
+        tokens = np.random.default_rng(0).integers(50257, size=10**6, dtype=np.uint16)
+        for split in ("val", "train"):
+            np.save(f"{directory}/edu_{split}_000000.npy", tokens)
+        for kind in ("cold", "warm"):
+            taken = first_step(args.device, directory, f"{directory}/cache")
+            yield row(f"train_gpt2.py to step 0, cache {kind}", "s", [taken], {})
     root = Path(__file__).parent
     for script in ("train_gpt2", "fineweb_edu", "hellaswag", "sample", "tokenizer", "bench"):
         times = [seconds([sys.executable, root / f"{script}.py", "--help"]) for _ in range(args.rounds)]
@@ -586,10 +621,14 @@ def bench_start(args):
 def machine(device):
     import torch
     import transformers
+    from torch.nn.attention import SDPBackend
 
     facts = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), python=platform.python_version(),
                  torch=torch.__version__, transformers=transformers.__version__, cores=os.cpu_count(),
                  device=platform.processor() or "CPU")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q = torch.empty(1, 12, 1024, 64, device=device, dtype=dtype, requires_grad=True)
+    facts["attention"] = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
     if device == "cuda":
         driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         facts |= dict(device=torch.cuda.get_device_name(), cudnn=torch.backends.cudnn.version(),
