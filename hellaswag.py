@@ -66,7 +66,7 @@ def parse_args(argv=None):
     for flag in ("limit", "show"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"argument --{flag}: must be at least 1")
-    if args.compare and args.compare[0] == args.compare[1]:
+    if args.compare and Path(args.compare[0]) == Path(args.compare[1]):
         parser.error("argument --compare: name two different models")
     return args
 

@@ -336,7 +336,7 @@ def test_command_refusals(tmp_path):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--compare", "a"], "--compare"), (["--compare", "a", "a"], "--compare"), (["--show", "0"], "--show"),
+    (["--compare", "a"], "--compare"), (["--compare", "a", "a/"], "--compare"), (["--show", "0"], "--show"),
     (["--protocol", "tokens"], "--protocol"), (["--by", "label"], "--by"), (["--limit", "0"], "--limit"),
 ])
 def test_flags_that_mean_nothing(flags, word, capsys):
