@@ -9,9 +9,10 @@ a round is one unit of work by this project, with the limit measured before and 
 peer: L A L B L A L B ... A ratio is the median of the rounds, with its range, for the speed of a machine
 drifts. The model is the 124M with random weights, which cost what trained ones do.
 
-The limits are measured in the same rounds: for training and HellaSwag the rate of the fastest known products
-of the model's own shapes (FLOPs counted with causal attention), for sampling those of a token's rows with all
-weights, for the data one thread of the tokenizer times the cores.
+The limits are measured in the same rounds. Training and HellaSwag: the rate of the fastest products known of
+the model's own shapes, training's FLOPs counted with causal attention, HellaSwag's without any. Sampling: the
+products alone, of as many rows as are sampled with each of the weights. The data: one thread of the tokenizer
+times the cores.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", help="cuda or cpu; found by itself")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=DIR",
                         help="a checkout of nanoGPT or build-nanogpt")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each comparison")
+    parser.add_argument("--rounds", type=int, default=3, help="of each comparison, three of the data at most")
     parser.add_argument("--hellaswag_data", metavar="FILE", help="examples; downloaded unless given")
     parser.add_argument("--text", nargs="+", metavar="FILE",
                         help=".parquet with a column text; made of the installed packages' text unless given")
@@ -49,6 +50,12 @@ def parse_args(argv=None):
         args.peers[name] = directory
     if args.rounds < 1:
         parser.error("argument --rounds: must be at least 1")
+    for flag, paths in (("hellaswag_data", [args.hellaswag_data]), ("text", args.text or [])):
+        for path in paths:  # now, and not behind half an hour of other parts
+            if path and not Path(path).is_file():
+                parser.error(f"argument --{flag}: {path}: no such file")
+    if args.json and not Path(args.json).parent.is_dir():
+        parser.error(f"argument --json: {args.json}: no such directory")
     return args
 
 
@@ -97,7 +104,7 @@ def gpt(device, peer=None, directory=None):
         quiet = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         model = GPT2LMHeadModel(GPT2Config(**quiet)).to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **adamw)  # its Trainer's default
-        # it shifts the labels itself, so one more token stands for the last target
+        # it shifts the labels itself, so that its loss is of T - 1 targets
         return model, lambda m, x, y: m(x, labels=x).loss, optimizer, peer.endswith("compiled")
     if peer == "nanoGPT":
         spec = importlib.util.spec_from_file_location("nanogpt_model", Path(directory, "model.py"))
@@ -168,6 +175,7 @@ def gemm_arm(device, rows, backward=True):
     """A unit is each matrix product of a forward (and backward) pass over `rows` tokens once: the FLOP/s."""
     import torch
 
+    from model import row_slices
     from packed import fp32_linear, onednn_is_faster
     from train_gpt2 import tune_host, tune_products
 
@@ -175,30 +183,43 @@ def gemm_arm(device, rows, backward=True):
     if device == "cpu":
         tune_products()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    C, products, repeat = 768, [], 10 if device == "cuda" else 1
-    for fan_in, fan_out, count in ((C, 3 * C, 12), (C, C, 12), (C, 4 * C, 12), (4 * C, C, 12), (C, 50304, 1)):
-        n = rows if count > 1 or device == "cuda" else min(rows, 1024)  # the head's rows come in slices
-        x, w, g = (torch.randn(shape, device=device, dtype=dtype)
-                   for shape in ((n, fan_in), (fan_out, fan_in), (n, fan_out)))
+    repeat = 10 if device == "cuda" else 1
+
+    def product(a, b):
+        return partial(torch.mm, a, b, out=torch.empty(len(a), b.size(1), device=device, dtype=dtype))
+
+    C, head = 768, 50304
+    products = []  # (the ways to compute it, how often it comes, its FLOPs)
+    for fan_in, fan_out, layers in ((C, 3 * C, 12), (C, C, 12), (C, 4 * C, 12), (4 * C, C, 12), (C, head, 1)):
+        x = torch.randn(rows, fan_in, device=device, dtype=dtype)
+        if fan_out == head:
+            x = x[row_slices(x, head)[0]]  # its rows come in slices
+        w = torch.randn(fan_out, fan_in, device=device, dtype=dtype)
         if device == "cpu" and not backward and onednn_is_faster():  # packed, for the weights stay
-            calls = [partial(fp32_linear(torch.nn.Linear(fan_in, fan_out, bias=False)), x)]
+            ways = [[partial(fp32_linear(torch.nn.Linear(fan_in, fan_out, bias=False)), x)]]
         else:
-            pairs = [(x, w.t()), (g, w), (g.t(), x)] if backward else [(x, w.t())]
-            calls = [partial(torch.mm, a, b, out=torch.empty(len(a), b.size(1), device=device, dtype=dtype))
-                     for a, b in pairs]
-        products += [(call, count * rows / n, 2 * n * fan_in * fan_out) for call in calls]
+            ways = [[product(x, w.t())]]
+        if backward:
+            g = torch.randn(len(x), fan_out, device=device, dtype=dtype)
+            # a processor is faster at the head's dX the one way, another one the other way
+            dx = [product(g, w)] + ([product(w.t(), g.t())] if fan_out == head else [])
+            ways += [dx, [product(g.t(), x)]]
+        products += [(calls, layers * rows / len(x), 2 * len(x) * fan_in * fan_out) for calls in ways]
+
+    def seconds_of(call):
+        call()
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        synchronize(device)
+        return (time.perf_counter() - started) / repeat
 
     @torch.no_grad()
     def unit():
         seconds = flops = 0
-        for call, count, cost in products:
-            call()
-            synchronize(device)
-            started = time.perf_counter()
-            for _ in range(repeat):
-                call()
-            synchronize(device)
-            seconds += count * (time.perf_counter() - started) / repeat
+        for calls, count, cost in products:
+            seconds += count * min(map(seconds_of, calls))
             flops += count * cost
         return dict(rate=flops / seconds)
 
@@ -207,8 +228,8 @@ def gemm_arm(device, rows, backward=True):
 
 
 def hellaswag_arm(name, device, data, chunk):
-    """A unit is the next `chunk` examples: all of them for us, every fourth for a peer, which takes one at a
-    time anyway."""
+    """A unit is the next `chunk` examples: all of them for us, whose batches have the less padding the more
+    there are, every twelfth for a peer, which takes one at a time anyway."""
     import torch
     import torch.nn.functional as F
 
@@ -223,7 +244,7 @@ def hellaswag_arm(name, device, data, chunk):
         if device == "cpu" and onednn_is_faster():
             pack(model)
     if device == "cuda":
-        model.bfloat16()
+        torch.set_float32_matmul_precision("high")
     tokenizer, examples = get_tokenizer("gpt2"), list(hellaswag.iterate_examples(data))
     random.Random(0).shuffle(examples)  # the file begins with the short ones
     place = 0
@@ -242,7 +263,7 @@ def hellaswag_arm(name, device, data, chunk):
 
     def unit(chunk=chunk):
         nonlocal place
-        part = examples[place : place + chunk][:: 1 if name == "ours" else 4]
+        part = examples[place : place + chunk][:: 1 if name == "ours" else 12]
         place = place + chunk if place + 2 * chunk <= len(examples) else 0
         started = time.perf_counter()
         if name == "ours":
@@ -250,12 +271,11 @@ def hellaswag_arm(name, device, data, chunk):
         else:
             predictions = [one_at_a_time(example) for example in part]
         seconds = time.perf_counter() - started
-        rows = [row for i, example in enumerate(part)
-                for row in hellaswag.rows_of(i, *hellaswag.render_example(example, tokenizer), 1024)[0]]
+        rows, _ = hellaswag.render(part, tokenizer, 1024)
         return dict(seconds=seconds, predictions=predictions, examples=len(part),
                     tokens=sum(len(row.ids) for row in rows), scored=sum(len(row.targets) for row in rows))
 
-    unit(8)  # warms up
+    unit(24)  # warms up
     place = 0
     return unit
 
@@ -323,8 +343,9 @@ def arm(work, name, **settings):
         unit = make(name, **settings)
     print(json.dumps("ready"), file=answers, flush=True)
     for _ in sys.stdin:
+        answer = unit()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        print(json.dumps(dict(unit(), peak_bytes=peak)), file=answers, flush=True)
+        print(json.dumps(dict(answer, peak_bytes=peak)), file=answers, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- the rounds
@@ -435,12 +456,12 @@ def bench_hellaswag(args):
     import hellaswag
 
     data = str(args.hellaswag_data or hellaswag.download())
-    chunk = 1000 if args.device == "cuda" else 200
+    chunk = 3000 if args.device == "cuda" else 600
     results = compare("hellaswag", ["tutorial", "transformers"], args.rounds, device=args.device, data=data,
                       chunk=chunk, rows=2048 if args.device == "cpu" else 2**16)
     same = total = 0
     for a, b in zip(*results["tutorial"][:2]):
-        same += sum(p == q for p, q in zip(a["predictions"][::4], b["predictions"]))
+        same += sum(p == q for p, q in zip(a["predictions"][::12], b["predictions"]))
         total += b["examples"]
     fractions = []
     for mine, _, limits in results.values():
@@ -614,7 +635,8 @@ def bench_start(args):
         times = [seconds([sys.executable, root / f"{script}.py", "--help"]) for _ in range(args.rounds)]
         yield row(f"{script}.py --help", "s", times, {})
     codes = ("import torch", "import torch, model")
-    pairs = [[seconds([sys.executable, "-c", code], cwd=root) for code in codes] for _ in range(args.rounds)]
+    pairs = [[seconds([sys.executable, "-c", code], cwd=root) for code in codes]
+             for _ in range(2 + 3 * args.rounds)][2:]  # the first ones find the files in no cache
     yield row("import model beyond import torch", "s", [b - a for a, b in pairs], {})
 
 
@@ -640,9 +662,11 @@ def machine(device):
 
 
 def main(args):
+    import torch
+
     from checkpoint import pick_device
 
-    args.device = pick_device(args.device)
+    args.device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.device not in ("cpu", "cuda"):
         raise UserError(f"--device {args.device}: cpu or cuda is measured")
     facts = machine(args.device)

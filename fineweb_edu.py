@@ -318,11 +318,13 @@ def encodes_alike(batch, tokenizer):
     """Whether gigatoken is there and makes the same ids as tiktoken of the beginnings of a batch's texts."""
     sample = [(starts_document, text[:4096]) for starts_document, text in documents(batch[:64])]
     if get_fast_tokenizer(tokenizer) is None:
-        return False
-    alike = encode_fast(sample, tokenizer).tolist() == encode(sample, tokenizer).tolist()
-    if not alike:
-        print("gigatoken and tiktoken differ on this text: tiktoken encodes it, which takes longer")
-    return alike
+        reason = "gigatoken is not installed"
+    elif encode_fast(sample, tokenizer).tolist() == encode(sample, tokenizer).tolist():
+        return True
+    else:
+        reason = "gigatoken and tiktoken differ on this text"
+    print(f"{reason}: tiktoken encodes, which takes longer")
+    return False
 
 
 class Shard:

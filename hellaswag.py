@@ -205,6 +205,16 @@ def rows_of(index, context, endings, block_size):
     return rows, sum(cut)
 
 
+def render(examples, tokenizer, block_size, protocol="completion"):
+    """What `evaluate` reads of a list of examples: the Rows of all, and how many endings had to be cut."""
+    rows, endings_cut = [], 0
+    for index, example in enumerate(examples):
+        new_rows, cut = rows_of(index, *render_example(example, tokenizer, protocol), block_size)
+        rows += new_rows
+        endings_cut += cut
+    return rows, endings_cut
+
+
 def make_batches(rows, batch_tokens):
     """Rows of similar length together, at most batch_tokens with their padding (but one row at least)."""
     batches, batch = [], []
@@ -240,24 +250,19 @@ def score_batch(model, batch, device):
 
 
 def evaluate(model, tokenizer, examples, batch_tokens=None, rank=0, world_size=1,
-             before_batch=lambda: None, progress=False, protocol="completion"):
+             before_batch=lambda: None, progress=False, protocol="completion", rendered=None):
     """Score a list of examples with a GPT in eval mode; all ranks of a process group return the whole result.
 
     Returns a dict: n, acc, acc_norm, acc_stderr, acc_norm_stderr, endings_cut (sequences longer than the
     model's context), predictions and predictions_norm (lists of n), and the scores that were compared, in
     nats: loglikelihoods, and loglikelihoods_norm per token or character (lists of n lists of 4). protocol
     is one of PROTOCOLS. before_batch is called before each batch, the same number of times on every rank,
-    and may raise to leave. batch_tokens bounds the tokens of a forward pass.
+    and may raise to leave. batch_tokens bounds the tokens of a forward pass. rendered: what `render` has
+    made of the examples, to be made once where they are scored again and again.
     """
     device = next(model.parameters()).device
     batch_tokens = batch_tokens or (2**16 if device.type == "cuda" else 2**11)
-    rows, endings_cut = [], 0
-    for index, example in enumerate(examples):
-        context, endings = render_example(example, tokenizer, protocol)
-        new_rows, cut = rows_of(index, context, endings, model.config.block_size)
-        rows += new_rows
-        endings_cut += cut
-
+    rows, endings_cut = rendered or render(examples, tokenizer, model.config.block_size, protocol)
     sums = torch.zeros(4 * len(examples), dtype=torch.float64)
     counts = torch.zeros(4 * len(examples), dtype=torch.float64)
     batches = make_batches(rows, batch_tokens)

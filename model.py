@@ -189,12 +189,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def row_slices(x, vocab_size):
-    """Slices of the rows of x (N, C) whose logits are at most LOGITS_AT_ONCE (but 16 rows at least)."""
-    # multiples of 16: a GPU multiplies matrices more slowly whose rows do not begin at multiples of 16 bytes
-    most = 16 * max(1, LOGITS_AT_ONCE.get(x.device.type, 2**25) // (16 * vocab_size))
-    count = max(1, math.ceil(len(x) / most))
-    # and about equal: a short one would read the weights for little
-    step = 16 * max(1, math.ceil(len(x) / (16 * count)))
+    """Slices of the rows of x (N, C) whose logits are at most LOGITS_AT_ONCE (but 16 rows at least).
+
+    As few and as equal as can be, for each reads all weights, in steps of 16 rows: transposed, as for dx, the
+    logits of another number do not begin each line at a multiple of 16 bytes, and a GPU takes longer.
+    """
+    blocks = max(1, math.ceil(len(x) / 16))
+    at_once = max(1, LOGITS_AT_ONCE.get(x.device.type, 2**25) // (16 * vocab_size))
+    step = 16 * math.ceil(blocks / math.ceil(blocks / at_once))
     return [slice(start, start + step) for start in range(0, len(x), step)]
 
 

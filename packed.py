@@ -1,9 +1,9 @@
 """The layers of a GPT as a CPU runs them fastest, for generation and evaluation.
 
 One token at a time, the time goes into reading the weights. Torch's own product of a few rows with a large
-matrix leaves half of the memory's bandwidth unused, oneDNN's with a matrix it has packed does not; in int8
-there are a quarter of the bytes. Between two products the caches are full of weights, and each line of Python
-is slow: so modules become plain functions, without nn.Module's look-ups and hooks.
+matrix leaves up to half of the memory's bandwidth unused, oneDNN's with a matrix it has packed does not; in
+int8 there are a quarter of the bytes. Between two products the caches are full of weights, and each line of
+Python is slow: so modules become plain functions, without nn.Module's look-ups and hooks.
 """
 
 import warnings
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 def onednn_is_faster():
     """Whether oneDNN's fp32 products of large matrices are faster here than torch's own, which are MKL's.
 
-    MKL leaves AVX-512 unused on AMD's processors, which have bf16 and no AMX. On Intel's it does not.
+    MKL leaves AVX-512 unused on AMD's processors, not on Intel's: those with bf16 and without AMX are AMD's
+    (and Intel's Cooper Lake, which was not measured).
     """
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 

@@ -40,7 +40,7 @@ def parse_args(argv=None):
                         help="draw from the likeliest tokens that together reach p only")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--int8", action="store_true",
-                        help="weights in 8 bits: about twice as fast on a CPU, at times another word")
+                        help="weights in 8 bits: two to three times as fast on a CPU, at times another word")
     args = parser.parse_args(argv)
     if args.num_samples < 1:
         parser.error("argument -n: must be at least 1")

@@ -572,10 +572,13 @@ def train(args, at_exit):
             dist.all_reduce(total, group=control)
         return total.item() / val_windows
 
+    rendered = hellaswag.render(examples, tokenizer, raw_model.config.block_size) if examples else None
+
     def evaluate_hellaswag():
         raw_model.eval()
         with autocast:
-            result = hellaswag.evaluate(raw_model, tokenizer, examples, None, rank, world_size, check_stop)
+            result = hellaswag.evaluate(raw_model, tokenizer, examples, None, rank, world_size, check_stop,
+                                        rendered=rendered)
         raw_model.train()
         return result["acc_norm"]
 

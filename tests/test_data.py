@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import shutil
+import sys
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -58,12 +59,14 @@ def write_all_formats(folder, texts):
 
 
 @pytest.mark.parametrize("num_proc, gigatoken", [(1, True), (1, False), (2, True), (2, False)])
-def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc, gigatoken, monkeypatch):
+def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc, gigatoken, monkeypatch,
+                                              capsys):
     if not gigatoken:
-        monkeypatch.setattr(fineweb_edu, "get_fast_tokenizer", lambda name: None)
+        monkeypatch.setitem(sys.modules, "gigatoken", None)  # to import it is an ImportError
     monkeypatch.setattr(fineweb_edu, "BATCH_CHARS", 10_000)  # many batches, and the .txt in many pieces
     files, documents = write_all_formats(tmp_path, texts[:60])
     manifest = prepare(files, tmp_path / "out", {}, tokenizer=learned, shard_size=9_000, num_proc=num_proc)
+    assert capsys.readouterr().out.count("gigatoken is not installed: tiktoken encodes") == (not gigatoken)
     expected = expected_stream(documents, learned)
     assert np.array_equal(stream_of(tmp_path / "out"), expected)
     assert verify(tmp_path / "out") == len(expected) == sum(shard["tokens"] for shard in manifest["shards"])
