@@ -64,6 +64,7 @@ if __name__ == "__main__" and sys.argv[1:2] != ["--arm"]:
 
 import ast  # noqa: E402
 import importlib.util  # noqa: E402
+import math  # noqa: E402
 import multiprocessing  # noqa: E402
 import platform  # noqa: E402
 import random  # noqa: E402
@@ -133,7 +134,7 @@ def gpt(device, peer=None, directory=None):
 
 
 def train_arm(name, device, B, T, directory=None):
-    """A unit is one optimizer step on B x T tokens."""
+    """A unit is an optimizer step on B x T tokens; on a GPU ten of them, and their mean."""
     import contextlib
 
     import torch
@@ -152,23 +153,26 @@ def train_arm(name, device, B, T, directory=None):
         model = compile_model(model, device) if name == "ours" else torch.compile(model)
     generator = torch.Generator().manual_seed(0)
 
-    def step():
+    steps = 10 if device == "cuda" else 1  # a single one would be over before a GPU is at its steady clock
+
+    def unit(number):
         tokens = torch.randint(50257, (B, T + 1), generator=generator).to(device)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # as the peers' loaders make them
         started = time.perf_counter()
-        with autocast:
-            loss = loss_of(model, x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
+        for _ in range(steps):
+            with autocast:
+                loss = loss_of(model, x, y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()
         synchronize(device)
-        return dict(seconds=time.perf_counter() - started)
+        return dict(seconds=(time.perf_counter() - started) / steps)
 
-    step()  # compiles
-    step()
-    return step
+    unit(0)  # compiles
+    unit(0)
+    return unit
 
 
 def gemm_arm(device, rows, backward=True):
@@ -182,7 +186,9 @@ def gemm_arm(device, rows, backward=True):
     tune_host()
     if device == "cpu":
         tune_products()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    else:
+        torch.set_float32_matmul_precision("high")
+    dtype = torch.bfloat16 if device == "cuda" and backward else torch.float32  # HellaSwag's are TF32
     repeat = 10 if device == "cuda" else 1
 
     def product(a, b):
@@ -216,20 +222,20 @@ def gemm_arm(device, rows, backward=True):
         return (time.perf_counter() - started) / repeat
 
     @torch.no_grad()
-    def unit():
+    def unit(number):
         seconds = flops = 0
         for calls, count, cost in products:
             seconds += count * min(map(seconds_of, calls))
             flops += count * cost
         return dict(rate=flops / seconds)
 
-    unit()
+    unit(0)
     return unit
 
 
 def hellaswag_arm(name, device, data, chunk):
-    """A unit is the next `chunk` examples: all of them for us, whose batches have the less padding the more
-    there are, every twelfth for a peer, which takes one at a time anyway."""
+    """Unit n is the n-th `chunk` of the examples: all of it for us, whose batches have the less padding the
+    more there are, every twelfth example for a peer, which takes one at a time anyway."""
     import torch
     import torch.nn.functional as F
 
@@ -247,7 +253,6 @@ def hellaswag_arm(name, device, data, chunk):
         torch.set_float32_matmul_precision("high")
     tokenizer, examples = get_tokenizer("gpt2"), list(hellaswag.iterate_examples(data))
     random.Random(0).shuffle(examples)  # the file begins with the short ones
-    place = 0
 
     @torch.no_grad()
     def one_at_a_time(example):
@@ -261,10 +266,9 @@ def hellaswag_arm(name, device, data, chunk):
         means = [row[: len(ending)].double().mean().item() for row, ending in zip(losses, endings)]
         return means.index(min(means))
 
-    def unit(chunk=chunk):
-        nonlocal place
-        part = examples[place : place + chunk][:: 1 if name == "ours" else 12]
-        place = place + chunk if place + 2 * chunk <= len(examples) else 0
+    def unit(number, chunk=chunk):
+        first = number * chunk % max(chunk, len(examples) - chunk + 1)
+        part = examples[first : first + chunk][:: 1 if name == "ours" else 12]
         started = time.perf_counter()
         if name == "ours":
             predictions = hellaswag.evaluate(model, tokenizer, part)["predictions_norm"]
@@ -275,8 +279,7 @@ def hellaswag_arm(name, device, data, chunk):
         return dict(seconds=seconds, predictions=predictions, examples=len(part),
                     tokens=sum(len(row.ids) for row in rows), scored=sum(len(row.targets) for row in rows))
 
-    unit(24)  # warms up
-    place = 0
+    unit(0, 24)  # warms up
     return unit
 
 
@@ -289,10 +292,16 @@ def sample_arm(name, device, batch_size, directory=None):
     torch.set_grad_enabled(False)
     prompt = torch.tensor([PROMPT] * batch_size).to(device)
     model = gpt(device, None if name.startswith("ours") else name, directory)[0].eval()
-    if name == "limit":
+    if name == "limit" and device == "cuda":  # all weights read once: small products would be launches
+        weights = torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+        def generate():
+            for _ in range(128):
+                weights.sum()
+    elif name == "limit":
         layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
         inputs = [torch.randn(batch_size, layer.in_features, device=device) for layer in layers]
-        products = [fp32_linear(layer) if device == "cpu" else layer for layer in layers]
+        products = list(map(fp32_linear, layers))
 
         def generate():
             for _ in range(128):
@@ -321,19 +330,19 @@ def sample_arm(name, device, batch_size, directory=None):
         def generate():
             return model.generate(prompt, 128, temperature=0)
 
-    def unit():
+    def unit(number):
         started = time.perf_counter()
         generate()
         synchronize(device)
         seconds = time.perf_counter() - started
         return dict(seconds=seconds, **({"agreement": agreement} if name == "ours int8" else {}))
 
-    unit()
+    unit(0)
     return unit
 
 
 def arm(work, name, **settings):
-    """Serve one arm: a line on stdin asks for a unit, a line of JSON on stdout answers."""
+    """Serve one arm: a line on stdin asks for the unit of that number, a line of JSON on stdout answers."""
     answers, sys.stdout = sys.stdout, sys.stderr
     make = dict(train=train_arm, hellaswag=hellaswag_arm, sample=sample_arm)[work]
     if name == "limit" and work != "sample":
@@ -342,10 +351,18 @@ def arm(work, name, **settings):
         settings.pop("rows", None)
         unit = make(name, **settings)
     print(json.dumps("ready"), file=answers, flush=True)
-    for _ in sys.stdin:
-        answer = unit()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        print(json.dumps(dict(answer, peak_bytes=peak)), file=answers, flush=True)
+    for line in sys.stdin:
+        answer = unit(int(line))
+        print(json.dumps(dict(answer, peak_bytes=peak_bytes(settings["device"]))), file=answers, flush=True)
+
+
+def peak_bytes(device):
+    """The most memory that this process has held, on a GPU if it works on one."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ------------------------------------------------------------------------------------------------- the rounds
@@ -367,8 +384,8 @@ class Arm:
             sys.exit(f"error: the arm {self.name!r} ended: {self.process.stderr.read()[-2000:]}")
         return json.loads(line)
 
-    def __call__(self):
-        print(file=self.process.stdin, flush=True)
+    def __call__(self, number):
+        print(number, file=self.process.stdin, flush=True)
         return self.answer()
 
     def __enter__(self):
@@ -383,16 +400,16 @@ def compare(work, peers, rounds, name="ours", **settings):
     """Rounds of ours, a peer and the limit: {peer: (our answers, the peer's, the limit's)}."""
     results = {}
     common = {key: value for key, value in settings.items() if key != "directories"}
-    with Arm(work, "limit", **common) as limit:
+    with Arm(work, "limit", **common) as limit, Arm(work, name, **common) as mine:
         for peer in peers:
             directory = settings.get("directories", {}).get(peer)
             extra = {"directory": directory} if directory else {}
-            # ours starts anew with each peer: some work goes forward from unit to unit, like HellaSwag's
-            with Arm(work, name, **common) as mine, Arm(work, peer, **common, **extra) as theirs:
+            with Arm(work, peer, **common, **extra) as theirs:
                 answers = []
-                for _ in range(rounds):
-                    before, ours, after = limit(), mine(), limit()
-                    answers.append((ours, theirs(), {key: (before[key] + after[key]) / 2 for key in before}))
+                for i in range(rounds):
+                    before, ours, after = limit(i), mine(i), limit(i)
+                    limits = {key: (before[key] + after[key]) / 2 for key in before}
+                    answers.append((ours, theirs(i), limits))
                 results[peer] = list(zip(*answers))
                 print(f"  {work}: {peer} measured", file=sys.stderr, flush=True)
     return results
@@ -436,7 +453,13 @@ def ratios_of(results, each=None):
 
 
 def bench_train(args):
-    for B, T in ((32, 1024),) if args.device == "cuda" else ((4, 256), (4, 1024)):
+    import torch
+
+    sizes = (4, 256), (4, 1024)
+    if args.device == "cuda":  # the limit, ours and a peer are there at once, some with 2 GB a row
+        gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
+        sizes = ((min(32, 2 ** int(math.log2(gigabytes / 4))), 1024),)
+    for B, T in sizes:
         peers = ["transformers compiled", *args.peers]
         if (B, T) != (4, 1024):  # there these two take half a minute a step, and are never the fastest
             peers += ["transformers", "tutorial"]
@@ -449,7 +472,7 @@ def bench_train(args):
         memory = "peak memory, GB: " + ", ".join(f"{name} {value:.1f}" for name, value in peak.items())
         yield row(f"train 124M, {B} x {T} tokens", "tokens/s", [B * T / a["seconds"] for a, _ in units],
                   ratios_of(results), [B * T * flops / a["seconds"] / limit["rate"] for a, limit in units],
-                  notes=[memory] if args.device == "cpu" else [], peak_gb=peak)
+                  notes=[memory], peak_gb=peak)
 
 
 def bench_hellaswag(args):
@@ -458,7 +481,7 @@ def bench_hellaswag(args):
     data = str(args.hellaswag_data or hellaswag.download())
     chunk = 3000 if args.device == "cuda" else 600
     results = compare("hellaswag", ["tutorial", "transformers"], args.rounds, device=args.device, data=data,
-                      chunk=chunk, rows=2048 if args.device == "cpu" else 2**16)
+                      chunk=chunk, rows=2**11 if args.device == "cpu" else 2**15)
     same = total = 0
     for a, b in zip(*results["tutorial"][:2]):
         same += sum(p == q for p, q in zip(a["predictions"][::12], b["predictions"]))

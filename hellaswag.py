@@ -261,7 +261,7 @@ def evaluate(model, tokenizer, examples, batch_tokens=None, rank=0, world_size=1
     made of the examples, to be made once where they are scored again and again.
     """
     device = next(model.parameters()).device
-    batch_tokens = batch_tokens or (2**16 if device.type == "cuda" else 2**11)
+    batch_tokens = batch_tokens or (2**15 if device.type == "cuda" else 2**11)
     rows, endings_cut = rendered or render(examples, tokenizer, model.config.block_size, protocol)
     sums = torch.zeros(4 * len(examples), dtype=torch.float64)
     counts = torch.zeros(4 * len(examples), dtype=torch.float64)

@@ -25,9 +25,9 @@ GPT2_SIZES = {
 # what the tensor cores can do at most, dense 16-bit products with fp32 accumulation, FLOP/s: NVIDIA's
 # datasheets. The first name that the device's name contains counts, so the narrower names stand first.
 PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12, "A6000": 155e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12,
-    "T4": 65e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+    "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A6000": 155e12,
+    "L4": 121e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12,
 }
 
 # logits held in memory at a time while the loss is computed: 128 MiB of fp32 on a CPU, 1 GiB on a GPU

@@ -518,19 +518,31 @@ def train(args, at_exit):
         loss.backward()
         optimizer.zero_grad()
 
+    @torch.no_grad()
+    def evaluated(model, batch):
+        """The mean loss of a batch, as evaluations compute it."""
+        raw_model.eval()
+        x, y = on_device(batch)
+        with autocast:
+            _, loss = model(x, y)
+        raw_model.train()
+        return loss.float()
+
     compiled, failure = raw_model, None
     if args.compile:
         try:
             compiled = compile_model(raw_model, device_type)
             warm_up(compiled)
+            if args.val_every and val_windows >= B:  # another graph
+                evaluated(compiled, train_loader.batch(0, B))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no C++ compiler, no headers, a GPU too old for Triton, ...
-            failure = error
+            failure = first_line(error)
         if largest(failure is not None):
-            reason = first_line(failure) if failure else "it failed on another rank"
+            reason = failure or "it failed on another rank"
             say(f"torch.compile does not work here, training goes on without it: {reason}")
-            compiled = raw_model
+            compiled = raw_model.train()  # a failed evaluation has left it in eval mode
             optimizer.zero_grad()
     model = compiled
     if ddp:
@@ -552,21 +564,15 @@ def train(args, at_exit):
             if tracker:
                 tracker.log(step, values)
 
-    @torch.no_grad()
     def evaluate_loss():
         """Mean loss of the first val_windows windows of the val split, the same for any number of ranks."""
-        raw_model.eval()
         losses = [torch.zeros((), device=device)]
         for first in range(rank * B, val_windows + rank * B, B * world_size):  # as many rounds on every rank
             check_stop()
             count = min(B, val_windows - first)
             if count > 0:
-                x, y = on_device(val_loader.batch(first, count))
                 forward = compiled if count == B else raw_model  # what is compiled knows one shape
-                with autocast:
-                    _, loss = forward(x, y)
-                losses.append(loss.float() * count)
-        raw_model.train()
+                losses.append(evaluated(forward, val_loader.batch(first, count)) * count)
         total = torch.stack(losses).cpu().double().sum()
         if ddp:
             dist.all_reduce(total, group=control)

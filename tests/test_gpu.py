@@ -22,6 +22,15 @@ def run(shards, log_dir, *flags):
     return read_log(log_dir), process.stdout
 
 
+@pytest.fixture(autouse=True)
+def exact():
+    """Products in fp32, whatever a run in this process has set before."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
 @pytest.fixture(scope="module")
 def on_device(shards, tmp_path_factory):
     """A whole run: its directory, its log and its words."""
@@ -29,10 +38,11 @@ def on_device(shards, tmp_path_factory):
     return log_dir, *run(shards, log_dir)
 
 
-def test_loss_and_gradients_are_the_cpus():
+@pytest.mark.parametrize("vocab_size", [512, 50304])
+def test_loss_and_gradients_are_the_cpus(vocab_size):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=2, n_head=2, n_embd=64))
-    x, y = torch.randint(512, (2, 4, 64))
+    model = GPT(GPTConfig(block_size=64, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=64))
+    x, y = torch.randint(vocab_size, (2, 4, 64))
     found = []
     for device in ("cpu", DEVICE):
         model.to(device).zero_grad()
@@ -46,11 +56,23 @@ def test_loss_and_gradients_are_the_cpus():
 
 def test_a_run_follows_the_cpus(on_device, whole):
     log_dir, figures, words = on_device
-    assert "bfloat16 on cuda" in words and ", compiled" in words
+    dtype = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
+    assert f"{dtype} on cuda" in words and ", compiled" in words
     losses = {key for key in figures if key[1] in ("train", "val")}
     assert losses == {key for key in whole[1] if key[1] in ("train", "val")}
     for key in losses:  # of products with 8 bits; from first to last the val loss falls by 6%
         assert float(figures[key]) == pytest.approx(float(whole[1][key]), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_is_done_in_between(shards, texts, tmp_path, dtype):
+    """HellaSwag and samples in 16 bits, with dropout and, in float16, a scaler."""
+    example = {"ctx": texts[0][:60], "endings": [texts[i][:30] for i in range(1, 5)], "label": 0}
+    (tmp_path / "data.jsonl").write_text(json.dumps(example) + "\n")
+    figures, words = run(shards, tmp_path / "log", "--dtype", dtype, "--dropout", 0.1, "--sample_every", 4,
+                         "--hellaswag_every", 4, "--hellaswag_data", tmp_path / "data.jsonl")
+    assert {(4, "hella"), (12, "hella")} <= figures.keys() and words.count("Hello") >= 4
+    assert float(figures[12, "val"]) < float(figures[0, "val"])
 
 
 def test_a_run_goes_on(on_device, shards, tmp_path):

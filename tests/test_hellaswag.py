@@ -259,6 +259,18 @@ def two_models(tmp_path, examples, learned):
     return tmp_path / "one", tmp_path / "two", run
 
 
+def test_packed_and_rendered_before_the_scores_are_the_same(learned, examples):
+    tokenizer, model = get_tokenizer(learned), gpt(64, 512)  # some endings are cut
+    plain = hellaswag.evaluate(model, tokenizer, examples)
+    rendered = hellaswag.render(examples, tokenizer, 64)
+    assert hellaswag.evaluate(model, None, examples, rendered=rendered) == plain
+    hellaswag.pack(model)
+    packed = hellaswag.evaluate(model, tokenizer, examples)
+    assert packed["predictions"] == plain["predictions"] and packed["endings_cut"] > 0
+    for name in ("loglikelihoods", "loglikelihoods_norm"):
+        torch.testing.assert_close(torch.tensor(packed[name]), torch.tensor(plain[name]), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("faster", [False, True])
 def test_the_command_packs_the_models_where_that_is_faster(two_models, monkeypatch, faster):
     one, two, run = two_models

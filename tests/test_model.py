@@ -189,6 +189,16 @@ def test_the_whole_training_pass_is_one_graph(gpt, monkeypatch):
         assert (plain - compiled).norm() <= 1e-2 * plain.norm()
 
 
+@torch.no_grad()
+def test_an_evaluation_is_one_graph_too(gpt, monkeypatch):
+    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 100 * 96)
+    x, y = tokens(8, 32), tokens(8, 32, seed=1)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        compiled = torch.compile(gpt, backend="aot_eager", fullgraph=True)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            torch.testing.assert_close(compiled(x, y)[1], gpt(x, y)[1], rtol=tolerance, atol=0)
+
+
 def test_the_loss_holds_one_slice_of_logits_and_no_copy_of_it(monkeypatch):
     """The largest tensor that the loss computes with is a slice of the logits, made once and worked on in
     place; the slices are equal, for a short one would read the whole matrix for a few rows."""

@@ -68,6 +68,8 @@ def test_packed_it_writes_the_same_tokens_and_calls_no_module_in_a_layer(rows, m
     assert {type(module) for module in called} == {torch.nn.Embedding} and len(called) == 2 * 40
     if torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported():
         assert len(products) == 9 * 40  # every linear layer of every token
+        read = [x.numel() // x.size(-1) for x, *_ in products]  # the prompt once, then a token at a time;
+        assert read == [5 * rows] * 8 + [rows] * (1 + 9 * 39)  # the head reads the last one's alone
         assert all(weight.is_mkldnn for _, weight, *_ in products)  # packed
         assert held[0] == 10 and held[-1] == 4  # in the end the embeddings and a last pair: no second model
     torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=1e-5)

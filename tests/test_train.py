@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -28,6 +29,7 @@ from conftest import (
 
 import checkpoint
 import demo
+import hellaswag
 import plot
 import reference
 import train_gpt2
@@ -147,6 +149,48 @@ def test_compiled_is_the_same_run_and_resumes(shards, whole, tmp_path):
     assert close({key: log[key] for key in whole[1]}, whole[1])
     shutil.rmtree(tmp_path / "log" / "ckpt_000012")
     assert train(shards, tmp_path / "log", *flags, "--resume") == log
+
+
+def test_hellaswag_is_rendered_once_a_run(shards, tmp_path, monkeypatch):
+    data = tmp_path / "hellaswag.jsonl"
+    data.write_text(json.dumps({"ctx": "The", "endings": ["a", "b", "c", "d d"], "label": 1}) + "\n")
+    rendered, render = [], hellaswag.render_example
+    monkeypatch.setattr(hellaswag, "render_example", lambda *a: rendered.append(a) or render(*a))
+    log = train(shards, tmp_path / "log", "--hellaswag_every", 4, "--hellaswag_data", data)
+    assert [step for step, stream in log if stream == "hella"] == [0, 4, 8, 12] and len(rendered) == 1
+
+
+def test_compiled_less_is_kept_for_the_backward_pass():
+    """What LayerNorm and GELU have made is computed again: it is a quarter of what would be kept."""
+    def kept(compiled):
+        windows = torch.randint(512, (8, 65))
+        nodes, sizes = [compiled(windows[:, :-1], windows[:, 1:])[1].grad_fn], {}
+        for node in nodes:  # which grows
+            for tensor in getattr(node, "saved_tensors", ()):
+                sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            nodes += [before for before, _ in node.next_functions if before and before not in nodes]
+        return sum(sizes.values())
+
+    raw_model = train_gpt2.GPT(train_gpt2.GPTConfig(64, 512, n_layer=2, n_head=2, n_embd=64))
+    less = kept(train_gpt2.compile_model(raw_model, "cpu"))
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=True):  # torch's own choice
+        assert less < 0.8 * kept(torch.compile(raw_model))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_memory_that_was_freed_is_not_paid_for_again():
+    code = """if True:
+        import resource, torch, train_gpt2
+        train_gpt2.tune_host()
+        torch.ones(2**24)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(2**24)  # 64 MiB, 16,384 pages: all ten, or the one that found no room
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    faults = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)
+    assert int(faults) <= 2 * 16384
 
 
 def test_compiled_gradients_are_the_same_bits_on_a_busy_machine():
