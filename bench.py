@@ -175,7 +175,7 @@ def train_arm(name, device, B, T, directory=None):
     return unit
 
 
-def gemm_arm(device, rows, backward=True):
+def products_arm(device, rows, backward):
     """A unit is each matrix product of a forward (and backward) pass over `rows` tokens once: the FLOP/s."""
     import torch
 
@@ -341,15 +341,11 @@ def sample_arm(name, device, batch_size, directory=None):
     return unit
 
 
-def arm(work, name, **settings):
+def arm(work, **settings):
     """Serve one arm: a line on stdin asks for the unit of that number, a line of JSON on stdout answers."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    make = dict(train=train_arm, hellaswag=hellaswag_arm, sample=sample_arm)[work]
-    if name == "limit" and work != "sample":
-        unit = gemm_arm(settings["device"], settings["rows"], work == "train")
-    else:
-        settings.pop("rows", None)
-        unit = make(name, **settings)
+    arms = dict(train=train_arm, hellaswag=hellaswag_arm, sample=sample_arm, products=products_arm)
+    unit = arms[work](**settings)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         answer = unit(int(line))
@@ -371,17 +367,17 @@ def peak_bytes(device):
 class Arm:
     """An arm in a process of its own, which works when it is called."""
 
-    def __init__(self, work, name, **settings):
-        request = json.dumps(dict(work=work, name=name, **settings))
-        self.name = name
-        self.process = subprocess.Popen([sys.executable, __file__, "--arm", request], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def __init__(self, **settings):
+        self.request, self.words = json.dumps(settings), tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen([sys.executable, __file__, "--arm", self.request], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words)
         self.answer()
 
     def answer(self):
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"error: the arm {self.name!r} ended: {self.process.stderr.read()[-2000:]}")
+            self.words.seek(0)
+            sys.exit(f"error: the arm {self.request} ended: {self.words.read()[-2000:]}")
         return json.loads(line)
 
     def __call__(self, number):
@@ -396,22 +392,23 @@ class Arm:
         self.process.wait()
 
 
-def compare(work, peers, rounds, name="ours", **settings):
-    """Rounds of ours, a peer and the limit: {peer: (our answers, the peer's, the limit's)}."""
+def compare(peers, directories, rounds, limit, name="ours", **settings):
+    """Rounds of ours, a peer and the limit: {peer: (our answers, the peer's, the limit's)}.
+
+    directories: where the peers' checkouts are; limit: the settings of its arm; settings: of all others.
+    """
     results = {}
-    common = {key: value for key, value in settings.items() if key != "directories"}
-    with Arm(work, "limit", **common) as limit, Arm(work, name, **common) as mine:
+    with Arm(**limit) as limit, Arm(name=name, **settings) as mine:
         for peer in peers:
-            directory = settings.get("directories", {}).get(peer)
-            extra = {"directory": directory} if directory else {}
-            with Arm(work, peer, **common, **extra) as theirs:
+            directory = {"directory": directories[peer]} if peer in directories else {}
+            with Arm(name=peer, **settings, **directory) as theirs:
                 answers = []
                 for i in range(rounds):
                     before, ours, after = limit(i), mine(i), limit(i)
                     limits = {key: (before[key] + after[key]) / 2 for key in before}
                     answers.append((ours, theirs(i), limits))
                 results[peer] = list(zip(*answers))
-                print(f"  {work}: {peer} measured", file=sys.stderr, flush=True)
+                print(f"  {settings['work']}: {peer} measured", file=sys.stderr, flush=True)
     return results
 
 
@@ -463,8 +460,9 @@ def bench_train(args):
         peers = ["transformers compiled", *args.peers]
         if (B, T) != (4, 1024):  # there these two take half a minute a step, and are never the fastest
             peers += ["transformers", "tutorial"]
-        results = compare("train", peers, args.rounds, device=args.device, B=B, T=T, rows=B * T,
-                          directories=args.peers)
+        limit = dict(work="products", device=args.device, rows=B * T, backward=True)
+        results = compare(peers, args.peers, args.rounds, limit,
+                          work="train", device=args.device, B=B, T=T)
         flops = 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 12 * T * 768 / 2  # a token's, causal attention
         units = [(a, limit) for mine, _, limits in results.values() for a, limit in zip(mine, limits)]
         peak = {peer: max(b["peak_bytes"] for b in theirs) / 1e9 for peer, (_, theirs, _) in results.items()}
@@ -480,8 +478,10 @@ def bench_hellaswag(args):
 
     data = str(args.hellaswag_data or hellaswag.download())
     chunk = 3000 if args.device == "cuda" else 600
-    results = compare("hellaswag", ["tutorial", "transformers"], args.rounds, device=args.device, data=data,
-                      chunk=chunk, rows=2**11 if args.device == "cpu" else 2**15)
+    limit = dict(work="products", device=args.device, rows=2**11 if args.device == "cpu" else 2**15,
+                 backward=False)
+    results = compare(["tutorial", "transformers"], {}, args.rounds, limit,
+                      work="hellaswag", device=args.device, data=data, chunk=chunk)
     same = total = 0
     for a, b in zip(*results["tutorial"][:2]):
         same += sum(p == q for p, q in zip(a["predictions"][::12], b["predictions"]))
@@ -502,8 +502,8 @@ def bench_sample(args):
         peers = ["transformers"]
         if (name, batch_size) == ("ours", 1):  # without a cache, a batch of eight takes minutes
             peers += ["tutorial", *(peer for peer in args.peers if peer == "nanoGPT")]
-        results = compare("sample", peers, args.rounds, name, device=args.device, batch_size=batch_size,
-                          directories=args.peers)
+        settings = dict(work="sample", device=args.device, batch_size=batch_size)
+        results = compare(peers, args.peers, args.rounds, dict(settings, name="limit"), name, **settings)
         units = [(a, limit) for mine, _, limits in results.values() for a, limit in zip(mine, limits)]
         fractions = [limit["seconds"] / a["seconds"] for a, limit in units] if name == "ours" else None
         notes, more = [], {}

@@ -85,13 +85,18 @@ def atomic_write(path, mode="w"):
     try:
         with naming(path), open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
+            appear(file, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def appear(file, path):
+    """Let an open file, written `beside(path)`, be `path`, once it is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(file.name, path)
+    sync(path.parent)
 
 
 def release(file):

@@ -30,7 +30,20 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from files import UserError, atomic_write, digest, fetch, first_line, locked, naming, release, retried, run
+from files import (
+    UserError,
+    appear,
+    atomic_write,
+    beside,
+    digest,
+    fetch,
+    first_line,
+    locked,
+    naming,
+    release,
+    retried,
+    run,
+)
 from tokenizer import get_fast_tokenizer, get_tokenizer
 
 MANIFEST = "manifest.json"
@@ -337,8 +350,8 @@ class Shard:
         self.tokens, self.room = 0, size
         self.next = None  # (file, batch, offset) in the source of the first id behind it
         self.digest = xxhash.xxh3_128()  # as `files.digest` has it
-        self.writing = contextlib.ExitStack()
-        self.file = self.writing.enter_context(atomic_write(path, "w+b"))
+        with naming(path):
+            self.file = open(beside(path), "w+b")
         self.write(header(path, size))
 
     def write(self, content):
@@ -368,17 +381,18 @@ class Shard:
 
     def publish(self):
         """Let it appear, of the size that it has by now; return its digest."""
-        if not self.room:
-            self.writing.close()
-            return self.digest.hexdigest()
-        self.file.seek(0)
-        self.file.write(header(self.path, self.tokens))
-        self.writing.close()
-        return digest(self.path)
+        with naming(self.path), self.file:
+            if self.room:
+                self.file.seek(0)
+                self.file.write(header(self.path, self.tokens))
+            appear(self.file, self.path)
+        return digest(self.path) if self.room else self.digest.hexdigest()
 
     def discard(self):
-        with contextlib.suppress(KeyboardInterrupt), self.writing:
-            raise KeyboardInterrupt  # atomic_write removes what is broken off
+        """Give it up, unless it has appeared."""
+        with contextlib.suppress(OSError):  # what a full disk did not take is not wanted any more
+            self.file.close()
+        beside(self.path).unlink(missing_ok=True)
 
 
 def header(path, tokens):
