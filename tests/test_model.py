@@ -1,5 +1,6 @@
 """The model: equal to Hugging Face's GPT-2, and what it promises of its loss, its cache and its refusals."""
 
+import copy
 import math
 import re
 
@@ -332,6 +333,22 @@ def test_sampling_settings_that_mean_nothing_are_refused(gpt, settings, reason):
 def test_the_same_generator_draws_the_same(gpt):
     draws = [gpt.generate(tokens(2, 3), 20, generator=torch.Generator().manual_seed(7)) for _ in range(2)]
     assert torch.equal(*draws)
+
+
+def test_the_fused_update_is_adamws(gpt):
+    plain = copy.deepcopy(gpt)
+    fused = gpt.configure_optimizers(0.1, 1e-2, "cpu")
+    groups = [{"params": [p for p in plain.parameters() if (p.dim() >= 2) == matrices], "weight_decay": decay}
+              for matrices, decay in ((True, 0.1), (False, 0.0))]
+    unfused = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
+    for _ in range(5):
+        for one, other in zip(gpt.parameters(), plain.parameters()):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        fused.step()
+        unfused.step()
+    for one, other in zip(gpt.parameters(), plain.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 def test_only_matrices_decay(gpt):

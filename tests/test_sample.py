@@ -229,11 +229,3 @@ def test_importing_does_nothing(tmp_path):
 def test_importing_the_model_imports_no_compiler():
     code = "import sys, model; sys.exit('torch._dynamo' in sys.modules)"  # it takes longer than all the rest
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-@pytest.mark.parametrize("flags, word", [
-    (["train", "--peer", "nanoGPT=/nowhere"], "--peer"), (["train", "--rounds", "0"], "--rounds"),
-    (["sample", "--device", "mps"], "--device"),
-])
-def test_a_wrong_flag_of_the_benchmark(flags, word):
-    assert refused(run_script("bench.py", *flags, check=False), word)

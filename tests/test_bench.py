@@ -1,0 +1,52 @@
+"""bench.py: its arms answer, all do the same work, and a wrong flag costs no time."""
+
+import pytest
+from conftest import refused, run_script
+
+import bench
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["train", "--peer", "nanoGPT=/nowhere"], "--peer"), (["train", "--rounds", "0"], "--rounds"),
+    (["sample", "--device", "mps"], "--device"), (["data", "--text", "/nowhere.parquet"], "--text"),
+    (["hellaswag", "--hellaswag_data", "/nowhere.jsonl"], "--hellaswag_data"),
+    (["start", "--json", "/nowhere/bench.json"], "--json"),
+])
+def test_a_wrong_flag_of_the_benchmark(flags, word):
+    assert refused(run_script("bench.py", *flags, check=False), word)
+
+
+def test_an_arm_answers_and_its_end_is_told():
+    products = dict(work="products", device="cpu", rows=16, backward=True)
+    with bench.Arm(**products) as arm:
+        first, second = arm(0), arm(1)
+    assert first["rate"] > 1e9 and second["peak_bytes"] >= first["peak_bytes"] > 10**8
+    with pytest.raises(SystemExit, match='"nowhere".*ended(.|\\n)*nowhere'):
+        bench.Arm(work="sample", name="ours", device="nowhere", batch_size=1)
+
+
+def test_rounds_ask_all_arms_for_the_same_work(monkeypatch):
+    class Made:
+        def __init__(self, **settings):
+            self.settings = settings
+
+        def __call__(self, number):
+            asked.append((self.settings.get("name", "limit"), number))
+            return dict(self.settings, rate=len(asked))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    asked = []
+    monkeypatch.setattr(bench, "Arm", Made)
+    results = bench.compare(["a", "b"], {"b": "there"}, 2, {}, work="train", device="cpu")
+    assert asked == [(name, number) for peer in "ab" for number in range(2)
+                     for name in ("limit", "ours", "limit", peer)]
+    mine, theirs, limits = results["b"]
+    assert [answer["name"] for answer in mine] == ["ours"] * 2 and mine[0]["device"] == "cpu"
+    assert [answer.get("directory") for answer in theirs] == ["there"] * 2
+    assert limits[0] == {"rate": 10}  # the ninth answer stands before ours, the eleventh behind it
+    assert "directory" not in results["a"][1][0]
