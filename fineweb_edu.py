@@ -371,7 +371,6 @@ class Shard:
         aside = self.path.with_name(f".{self.path.name}.aside.tmp")
         self.file.close()
         os.replace(self.file.name, aside)
-        self.discard()
         try:
             with open(aside, "rb") as file:
                 file.seek(len(header(self.path, 0)))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -114,6 +115,14 @@ def same_end(log_dir, whole):
         assert weights(log_dir, name) == weights(whole[0], name)
         assert checkpoint.read_meta(log_dir / name) == checkpoint.read_meta(whole[0] / name)
     return True
+
+
+def with_biases(model):
+    """The model with biases that are not zero, as a new one's are: one that is forgotten is seen."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def refused(process, *words):

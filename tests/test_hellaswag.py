@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, run_script
+from conftest import refused, run_script, with_biases
 
 import accuracy
 import hellaswag
@@ -260,10 +260,7 @@ def two_models(tmp_path, examples, learned):
 
 
 def test_packed_and_rendered_before_the_scores_are_the_same(learned, examples):
-    tokenizer, model = get_tokenizer(learned), gpt(64, 512)  # some endings are cut
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # a new model's are zero: one that is forgotten would not be seen
-            torch.nn.init.normal_(parameter, std=0.1)
+    tokenizer, model = get_tokenizer(learned), with_biases(gpt(64, 512))  # some endings are cut
     plain = hellaswag.evaluate(model, tokenizer, examples)
     rendered = hellaswag.render(examples, tokenizer, 64)
     assert hellaswag.evaluate(model, None, examples, rendered=rendered) == plain

@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import ROOT, refused, run_script
+from conftest import ROOT, refused, run_script, with_biases
 
 import checkpoint
 import sample
@@ -46,11 +46,7 @@ def test_int8_from_the_command_line(log_dir):
 
 def small_gpt():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(64, 512, n_layer=2, n_head=4, n_embd=64)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # a new model's are zero: one that is forgotten would not be seen
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return with_biases(GPT(GPTConfig(64, 512, n_layer=2, n_head=4, n_embd=64))).eval()
 
 
 @torch.no_grad()

@@ -186,7 +186,7 @@ def test_memory_that_was_freed_is_not_paid_for_again():
         torch.ones(2**24)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(10):
-            torch.ones(2**24)  # 64 MiB, 16,384 pages: all ten, or the one that found no room
+            torch.ones(2**24)  # 64 MiB, 16,384 pages; a first one may not fit into what was freed
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     """
     faults = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)
