@@ -1,35 +1,280 @@
-"""train_gpt2.py or fineweb_edu.py with a fault put in: `FAULT=CODE python tests/faulty.py SCRIPT --flags`.
+"""Faults at named points of a run.
 
-CODE is Python that runs before the script does; `at` and `kill` are there for it.
+    FAULT='at_step(7, kill)' python tests/faulty.py train_gpt2.py --flags
+
+FAULT is Python code that runs before the script, with all names of this module. A fault is a point, where the
+run is hit, and an act, what hits it: `inside_save("best", kill)`. In the test's own process, the `faults`
+fixture is this module, and undoes every patch when the test ends.
+
+This is the one place that knows which inner functions of the program belong to a point.
 """
 
+import builtins
+import contextlib
 import importlib
+import json
 import os
+import resource
+import shutil
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
+import torch.distributed as dist
 
-def kill():
+import files
+import fineweb_edu
+import train_gpt2
+from model import GPT
+from train_gpt2 import DataLoaderLite
+
+RANK = int(os.environ.get("RANK", 0))
+RESTART = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+PATCHED = []  # (owner, name, the real thing)
+
+
+def patch(owner, name, new):
+    PATCHED.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, new)
+
+
+def restore():
+    """Undo all patches."""
+    while PATCHED:
+        setattr(*PATCHED.pop())
+
+
+@contextlib.contextmanager
+def put_in():
+    """Undo, at the end of the block, what was patched in it."""
+    try:
+        yield
+    finally:
+        restore()
+
+
+def before(owner, name, when, act):
+    """Call act() before owner.name does its work, the first time that when(*its arguments) is true."""
+    real, done = getattr(owner, name), []
+
+    def faulty(*args, **kwargs):
+        if not done and when(*args, **kwargs):
+            done.append(True)
+            act()
+        return real(*args, **kwargs)
+
+    patch(owner, name, faulty)
+
+
+# ------------------------------------------------------------------------------------------------------ acts
+
+
+def kill(after=0):
+    """SIGKILL to this process, after so many seconds."""
+    time.sleep(after)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at(owner, name, count, act, after=False):
-    """Call act() when owner.name is called for the count-th time, before it does its work or after."""
-    real, calls = getattr(owner, name), []
+def hang():
+    """Stop this process for good; it still exists, but does not answer."""
+    os.kill(os.getpid(), signal.SIGSTOP)
 
-    def faulty(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == count and not after:
-            act()
-        result = real(*args, **kwargs)
-        if len(calls) == count and after:
-            act()
-        return result
 
-    setattr(owner, name, faulty)
+def stop():
+    """SIGTERM to this process, as from a scheduler."""
+    signal.raise_signal(signal.SIGTERM)
+
+
+def interrupt():
+    """Break off, in the test's own process, what a SIGKILL would."""
+    raise KeyboardInterrupt
+
+
+def fill_disk(size):
+    """No file can grow beyond this size: the same error from the same calls as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
+
+
+# ------------------------------------------------------------------------------- points of a training run
+
+
+def before_host_is_tuned(act):
+    before(train_gpt2, "tune_host", lambda: True, act)
+
+
+def at_step(number, act):
+    """The gradient of the step is there, the optimizer has not used it yet."""
+    before(train_gpt2, "get_lr", lambda step, args: step == number, act)
+
+
+def after_step(number, act):
+    """The step has been logged and printed; no evaluation or save of the next one has begun."""
+    line, real = f"step {number:5d} |", builtins.print
+
+    def faulty(*words, **kwargs):
+        real(*words, **kwargs)
+        if words and str(words[0]).startswith(line):
+            act()
+
+    patch(builtins, "print", faulty)
+
+
+def in_micro_batch(number, act):
+    """This rank is about to read its training micro-batch `number`, counted from the start of the run."""
+    before(DataLoaderLite, "next_batch", lambda loader: loader.position == number * windows(loader), act)
+
+
+def windows(loader):
+    """How many windows all ranks read in a micro-batch."""
+    return loader.B * loader.num_processes
+
+
+def in_evaluation(step, act):
+    """The validation after training step `step - 1` is about to read its first micro-batch."""
+    at_step(step - 1, lambda: before(
+        DataLoaderLite, "batch", lambda loader, *_: "_val_" in Path(loader.shards[0][0]).name, act))
+
+
+def while_others_wait_for(what, act, step=8):
+    """The other ranks wait for this one's "gradients", or for its answer whether to "stop", in that step."""
+    owner, name = {"gradients": (DataLoaderLite, "next_batch"), "stop": (dist, "all_reduce")}[what]
+    # once the previous step has its gradient, the ranks first agree on a stop, then sum up the next gradient
+    at_step(step - 1, lambda: before(owner, name, lambda *_, **__: True, act))
+
+
+def while_compiling(act, after):
+    """So many seconds after torch.compile was called."""
+    before(torch, "compile", lambda *_, **__: True, threading.Timer(after, act).start)
+
+
+def not_finite(sequence, what):
+    """Not a number in the "loss" of this input sequence (a list of ids), or in its "gradient" only."""
+    sequence, features = torch.tensor(sequence), GPT.features
+
+    def poisoned(self, idx, *rest, **named):
+        x = features(self, idx, *rest, **named)
+        bad = torch.where((idx == sequence).all(dim=1), torch.nan, 0.0).view(-1, 1, 1)
+        if what == "loss":
+            return x + bad
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient + bad)
+        return x
+
+    patch(GPT, "features", poisoned)
+
+
+def without_vocabulary():
+    """As without GPT-2's vocabulary and without a network."""
+    def no_network(name):
+        raise files.UserError("no network")
+
+    patch(train_gpt2, "get_tokenizer", no_network)
+
+
+# -------------------------------------------------------------------------------------- points of a save
+
+
+def on_rename(when, act, after):
+    """Call act() before or after the first rename for which when(old path, new path) is true."""
+    done = []
+
+    def faulty_form(real):
+        def faulty(old, new, **kwargs):
+            hit = not done and when(Path(os.fspath(old)), Path(os.fspath(new)))
+            if hit:
+                done.append(True)
+            if hit and not after:
+                act()
+            real(old, new, **kwargs)
+            if hit and after:
+                act()
+        return faulty
+
+    for name in ("rename", "replace"):
+        patch(os, name, faulty_form(getattr(os, name)))
+
+
+def before_save(name, act):
+    """Nothing of checkpoint `name` is written yet: its temporary directory is about to be made."""
+    before(os, "mkdir", lambda path, *_, **__: name in Path(path).name, act)
+
+
+def inside_save(name, act, step=None, writing=None, after_rename=False):
+    """Checkpoint `name` is complete, and about to be renamed to its final name; or it has just been.
+
+    step: of which step the checkpoint is, for "best" is saved several times. writing: earlier, when this
+    file of it is about to be synced to the disk.
+    """
+    def is_written(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return path.name == writing and name in path.parent.name
+
+    def is_renamed(old, new):
+        return new.name == name and step in (None, json.loads((old / "meta.json").read_text())["step"])
+
+    if writing:
+        before(os, "fsync", is_written, act)
+    else:
+        on_rename(is_renamed, act, after_rename)
+
+
+def inside_removal(name, act, after_rename=False):
+    """An old checkpoint is about to be renamed to a temporary name, to be deleted; or it has just been."""
+    on_rename(lambda old, new: old.name == name and new.name.startswith("."), act, after_rename)
+
+
+def busy(name):
+    """The directory `name` can't be renamed, and no directory can be deleted."""
+    real = os.rename
+
+    def faulty(old, new):
+        if Path(old).name == name:
+            raise OSError(16, "Device or resource busy", str(old))
+        real(old, new)
+
+    patch(os, "rename", faulty)
+    patch(shutil, "rmtree", lambda path, ignore_errors: None)
+
+
+# -------------------------------------------------------------------------- points and settings of the data
+
+
+def small_batches(chars):
+    """Read the texts in batches of so many characters: a small file has many."""
+    patch(fineweb_edu, "BATCH_CHARS", chars)
+
+
+def without_gigatoken():
+    """As where gigatoken is not installed: tiktoken encodes, in worker processes."""
+    patch(fineweb_edu, "get_fast_tokenizer", lambda name: None)
+
+
+def short_pauses(seconds, count=5):
+    """Ask a busy server again after so many seconds, `count` times."""
+    patch(files, "PAUSES", (seconds,) * count)
+
+
+def before_shard(number, act):
+    """The ids of the shard `number` are complete, its file is about to appear."""
+    on_rename(lambda old, new: new.stem.endswith(f"_{number:06d}"), act, after=False)
+
+
+def after_first_shard(act):
+    """The first shard has appeared; the manifest that lists it has not been written."""
+    def lists_a_shard(old, new):
+        return new.name == "manifest.json" and json.loads(old.read_text())["shards"]
+
+    on_rename(lists_a_shard, act, after=False)
+
+
+def without_last_shards():
+    """A preparation ends before it writes its last shards."""
+    patch(fineweb_edu.ShardWriter, "finish", lambda self: None)
 
 
 if __name__ == "__main__":

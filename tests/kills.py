@@ -1,7 +1,7 @@
-"""The demo on two ranks, killed at random moments: `python tests/kills.py --kills 100`.
+"""Kill the demo on two ranks at random moments: `python tests/kills.py --kills 100`.
 
-A run is killed and resumed until it ends, then the next one begins. Each must end in the bits of a run that
-nobody killed: log, weights, optimizer. Every kill prints a line.
+A run is killed and resumed until it ends, then the next run starts. Each must end in the same bits as an
+uninterrupted run: log, weights, optimizer. Each kill prints a line.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import threading
 import time
 from pathlib import Path
 
-from conftest import ranks_of, read_log, run_script, same_end, start_script
+from runs import Run, assert_same_end, ranks_of, read_log, run_script, start_script
 
-parser = argparse.ArgumentParser(description="Kill the two-rank demo, and prove its end the same.")
+parser = argparse.ArgumentParser(description="Kill the demo on two ranks; it must end in the same bits.")
 parser.add_argument("--kills", type=int, default=100)
 parser.add_argument("--seed", type=int, default=1337)
 args = parser.parse_args()
@@ -31,8 +31,8 @@ def command(name, *flags):
 
 
 run_script(*command("whole"), timeout=3600)
-whole = folder / "whole", read_log(folder / "whole")
-print("a run that nobody killed has ended", flush=True)
+whole = Run(folder / "whole", read_log(folder / "whole"))
+print("the uninterrupted run ended", flush=True)
 kills = runs = 0
 while kills < args.kills:
     runs += 1
@@ -57,7 +57,10 @@ while kills < args.kills:
         steps = [line.split()[1] for line in lines if line.startswith("step ") and "|" in line]
         print(f"kill {kills}: {victim} after {moment:.1f} s, steps {steps[0]} to {steps[-1]}" if steps else
               f"kill {kills}: {victim} after {moment:.1f} s, before the first step", flush=True)
-    assert same_end(folder / "killed", whole), f"run {runs} has ended otherwise: {folder}"
-    print(f"run {runs} has ended in the same bits, {kills} kills so far", flush=True)
+    try:
+        assert_same_end(folder / "killed", whole)
+    except AssertionError as error:
+        raise SystemExit(f"run {runs} ended in other bits: {folder}") from error
+    print(f"run {runs} ended in the same bits, {kills} kills so far", flush=True)
     shutil.rmtree(folder / "killed")
 shutil.rmtree(folder)

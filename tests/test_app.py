@@ -1,4 +1,4 @@
-"""app.py: what it writes, without a browser; and with -m browser, its page in a headless Chromium.
+"""app.py: the HTML that it writes; and with -m browser, its page in a headless Chromium.
 
     pip install gradio playwright && python -m pytest -m browser               # with the system's Chromium
     APP_SCREENSHOT=assets/app.png python -m pytest -m browser -k screenshot    # of the model in log_demo/
@@ -19,28 +19,19 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from conftest import ROOT, refused, run_script, wait_for_line
+from runs import ROOT, assert_refused, run_script, wait_for_line
 
 import app
 import checkpoint
-from model import GPT, GPTConfig
 from sample import encode_prompt
 
 SETTINGS = dict(temperature=0.8, top_k=0, top_p=1, max_new_tokens=20, seed=1337)
 
 
 @pytest.fixture(scope="module")
-def log_dir(tmp_path_factory, learned):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("app") / "log"
-    checkpoint.save(path / "ckpt_000003", 3, GPT(GPTConfig(32, 512, n_layer=1, n_head=2, n_embd=16)), learned)
-    return path
-
-
-@pytest.fixture(scope="module")
-def loaded(log_dir):
-    """A model and its tokenizer; without the last id, <|endoftext|>, so that no text ends early."""
-    model, tokenizer = checkpoint.load_model_and_tokenizer(log_dir)
+def loaded(small_run):
+    """A model and its tokenizer. The model never draws <|endoftext|>, the last id, so no text ends early."""
+    model, tokenizer = checkpoint.load_model_and_tokenizer(small_run)
     model.config.num_tokens = tokenizer.eot_token
     return model, tokenizer
 
@@ -55,7 +46,7 @@ def last(html_so_far):
 
 
 def tokens_of(html):
-    """The tokens that a page shows: the level of their colour, mark, text and list (percent, drawn, name)."""
+    """The tokens in the HTML: the level of the colour, mark, text and list (percent, drawn, name) of each."""
     token = re.compile(r'<span class="token level(\d)" tabindex="0" data-mark="(.*?)" data-list="(.*?)">'
                        r'(.*?)</span>', re.DOTALL)
     row = re.compile(r" *([\d.]+)% ([> ]) (.*)")
@@ -65,7 +56,7 @@ def tokens_of(html):
 
 
 def fake(tokenizer, ids):
-    """What app.py needs of a model, which writes these ids, each of all 512 as likely as any."""
+    """A stand-in for a model: it writes these ids, and all 512 ids are equally likely."""
     model = SimpleNamespace(transformer=SimpleNamespace(wte=torch.nn.Embedding(1, 1)), drawn=0,
                             config=SimpleNamespace(block_size=32))
 
@@ -78,7 +69,7 @@ def fake(tokenizer, ids):
     return model, tokenizer
 
 
-def test_same_seed_same_text_and_it_only_grows(loaded, monkeypatch):
+def test_the_text_depends_on_the_seed_and_only_grows(loaded, monkeypatch):
     monkeypatch.setattr(app, "PAUSE", 0)
     shown = list(write(loaded))
     assert shown == list(write(loaded)) and shown[-1] != last(write(loaded, seed=2))
@@ -106,15 +97,13 @@ def test_the_probabilities_are_those_of_a_plain_forward_pass(loaded, settings):
         assert token.level == sum(prob >= edge for edge in app.LEVELS)
 
 
-def test_the_model_is_read_once_a_token(loaded, monkeypatch):
-    model, calls = loaded[0], []
-    features = model.features
-    monkeypatch.setattr(model, "features", lambda *x, **y: calls.append(x) or features(*x, **y))
+def test_the_model_runs_once_a_token(loaded, calls_of):
+    calls = calls_of(loaded[0], "features")
     last(write(loaded))
     assert len(calls) == 20
 
 
-def test_stopped_it_computes_no_further(learned):
+def test_a_stopped_text_computes_no_further_token(learned):
     tokenizer = checkpoint.get_tokenizer(learned)
     loaded = fake(tokenizer, [65] * 100)
     text = write(loaded)
@@ -132,10 +121,10 @@ def test_characters_of_several_tokens_are_whole_and_the_text_ends(learned):
     assert [token.mark for token in shown if token.text == ""] == ["·"] * 4 + ["<|endoftext|>"]
     assert [token.mark for token in shown if token.text == "\n"] == ["↵"]
     assert [name for _, drawn, name in shown[2].list if drawn] == [repr("🙂".encode()[:1])]
-    assert last(write(fake(tokenizer, tokenizer.encode("é")[:1]))).endswith("\ufffd")  # it never came whole
+    assert last(write(fake(tokenizer, tokenizer.encode("é")[:1]))).endswith("\ufffd")  # incomplete
 
 
-def test_html_is_text(loaded):
+def test_html_in_a_prompt_or_a_text_is_escaped(loaded):
     prompt = "<b>&amp; <script>alert(1)</script> ${1 + 1} {{value}} <|endoftext|>"
     html = last(write(loaded, prompt))
     assert "<b>&amp; " not in html and "<script" not in html
@@ -150,7 +139,7 @@ def test_html_is_text(loaded):
     (dict(seed=-1), "seed"), (dict(seed=2**63), "seed"), (dict(seed="x"), "seed"),
     (dict(temperature=-1), "temperature"), (dict(top_p=2), "top_p"),
 ])
-def test_bad_values(loaded, values, words):
+def test_a_bad_value_raises_an_error_with_its_name(loaded, values, words):
     with pytest.raises(ValueError, match=words):
         last(write(loaded, **values))
 
@@ -160,25 +149,25 @@ def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(loaded):
     assert "the model reads" not in last(write(loaded, "word"))
 
 
-def test_without_gradio_it_names_the_command(tmp_path, log_dir):
+def test_without_gradio_it_names_the_command(tmp_path, small_run):
     (tmp_path / "gradio.py").write_text("raise ImportError")
-    process = run_script("app.py", "-m", log_dir, check=False, env={"PYTHONPATH": str(tmp_path)})
-    assert refused(process, "pip install gradio")
+    process = run_script("app.py", "-m", small_run, check=False, env={"PYTHONPATH": str(tmp_path)})
+    assert_refused(process, "pip install gradio")
 
 
 @pytest.mark.parametrize("flags, words", [
     (["-m", "nowhere"], ["nowhere"]), (["--port", "65536"], ["--port"]), (["-d", "tpu"], ["--device", "tpu"]),
 ])
-def test_refusals(flags, words):
-    assert refused(run_script("app.py", *flags, check=False), *words)
+def test_a_wrong_value_of_a_flag_is_refused(flags, words):
+    assert_refused(run_script("app.py", *flags, check=False), *words)
 
 
-def test_an_address_that_can_not_be_had_is_one_line(log_dir):
-    command = ["app.py", "-m", log_dir]
+def test_an_address_that_can_not_be_had_is_one_line(small_run):
+    command = ["app.py", "-m", small_run]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert refused(run_script(*command, "--port", port, check=False), f"--port {port}")
-    assert refused(run_script(*command, "--host", "192.0.2.1", check=False), "--host 192.0.2.1")
+        assert_refused(run_script(*command, "--port", port, check=False), f"--port {port}")
+    assert_refused(run_script(*command, "--host", "192.0.2.1", check=False), "--host 192.0.2.1")
 
 
 # the page in a browser: python -m pytest -m browser
@@ -388,10 +377,10 @@ def started(*flags, cwd=ROOT, **env):
 
 
 @pytest.mark.browser
-def test_browser_a_space_starts_it_without_flags(browser, log_dir):
+def test_browser_a_space_starts_it_without_flags(browser, small_run):
     """As Hugging Face does: the run lies in log/, the address in the environment."""
     space = dict(SYSTEM="spaces", SPACE_ID="someone/gpt2", GRADIO_SERVER_NAME="0.0.0.0")
-    with started(cwd=log_dir.parent, **space) as port, browser.new_page() as page:
+    with started(cwd=small_run.parent, **space) as port, browser.new_page() as page:
         page.goto(f"http://127.0.0.2:{port}")  # beyond the one address that it answers by itself
         page.get_by_text("step 3").wait_for()
 

@@ -1,7 +1,7 @@
-"""bench.py: its arms answer, all do the same work, and a wrong flag costs no time."""
+"""bench.py: its arms answer and do the same work, and a wrong flag is refused at once."""
 
 import pytest
-from conftest import refused, run_script
+from runs import assert_refused, run_script
 
 import bench
 
@@ -12,11 +12,11 @@ import bench
     (["hellaswag", "--hellaswag_data", "/nowhere.jsonl"], "--hellaswag_data"),
     (["start", "--json", "/nowhere/bench.json"], "--json"),
 ])
-def test_a_wrong_flag_of_the_benchmark(flags, word):
-    assert refused(run_script("bench.py", *flags, check=False), word)
+def test_a_wrong_value_of_a_flag_is_refused(flags, word):
+    assert_refused(run_script("bench.py", *flags, check=False), word)
 
 
-def test_an_arm_answers_and_its_end_is_told():
+def test_an_arm_answers_and_a_dead_one_is_named():
     products = dict(work="products", device="cpu", rows=16, backward=True)
     with bench.Arm(**products) as arm:
         first, second = arm(0), arm(1)
@@ -48,5 +48,5 @@ def test_rounds_ask_all_arms_for_the_same_work(monkeypatch):
     mine, theirs, limits = results["b"]
     assert [answer["name"] for answer in mine] == ["ours"] * 2 and mine[0]["device"] == "cpu"
     assert [answer.get("directory") for answer in theirs] == ["there"] * 2
-    assert limits[0] == {"rate": 10}  # the ninth answer stands before ours, the eleventh behind it
+    assert limits[0] == {"rate": 10}  # the mean of the ninth answer and the eleventh
     assert "directory" not in results["a"][1][0]

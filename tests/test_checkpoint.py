@@ -1,19 +1,19 @@
-"""Checkpoints: whole or not there, proved on every load, and never a pickle."""
+"""Checkpoints: written completely or not at all, verified on every load."""
 
 import shutil
 
+import make
 import pytest
 import torch
 
 import checkpoint
 from checkpoint import DamagedCheckpoint
 from files import UserError
-from model import GPT, GPTConfig
+from model import GPT
 
 
 def trained(steps=2, seed=0):
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=16, vocab_size=512, n_layer=2, n_head=2, n_embd=16))
+    model = make.small_gpt(seed=seed).train()
     optimizer = model.configure_optimizers(0.1, 1e-3, "cpu")
     for _ in range(steps):
         train_step(model, optimizer)
@@ -31,7 +31,7 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
 
-def test_round_trip_goes_on_bit_for_bit(tmp_path, learned):
+def test_a_loaded_checkpoint_trains_on_bit_for_bit(tmp_path, learned):
     model, optimizer = trained()
     checkpoint.save(tmp_path / "ckpt_000002", 2, model, learned, optimizer, val_loss=1.25)
     again, meta = checkpoint.load(tmp_path / "ckpt_000002")
@@ -47,7 +47,7 @@ def test_round_trip_goes_on_bit_for_bit(tmp_path, learned):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_newest_valid_one_is_found_and_the_others_named(tmp_path):
+def test_the_newest_valid_checkpoint_is_found_and_the_damaged_ones_named(tmp_path):
     model, optimizer = trained()
     for step in (5, 10, 1000000):
         checkpoint.save(tmp_path / f"ckpt_{step:06d}", step, model, optimizer=optimizer)
@@ -57,7 +57,7 @@ def test_the_newest_valid_one_is_found_and_the_others_named(tmp_path):
     newest, skipped = checkpoint.latest(tmp_path)
     assert newest.name == "ckpt_000010" and "ckpt_1000000" in skipped[0]
     checkpoint.save(tmp_path / "ckpt_000015", 15, model, optimizer=optimizer)
-    checkpoint.prune(tmp_path, 2, 15)  # what is damaged ahead does not count
+    checkpoint.prune(tmp_path, 2, 15)  # the damaged newer one does not count
     names = [path.name for path in checkpoint.numbered(tmp_path)]
     assert names == ["ckpt_1000000", "ckpt_000015", "ckpt_000010"]
     checkpoint.save(tmp_path / "ckpt_1000000", 1000000, model)  # a damaged one is replaced
@@ -69,31 +69,26 @@ def test_the_newest_valid_one_is_found_and_the_others_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "meta.json"])
-@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("how", ["one byte flipped", "truncated", "missing"])
 def test_damage_is_found_before_anything_is_used(tmp_path, capsys, name, how):
     model, optimizer = trained()
     path = tmp_path / "ckpt_000002"
     checkpoint.save(path, 2, model, optimizer=optimizer)
-    content = bytearray((path / name).read_bytes())
-    (path / name).unlink()
-    if how == "flipped":
-        content[len(content) // 2] ^= 1
-    if how != "missing":
-        (path / name).write_bytes(content[:-7] if how == "truncated" else content)
+    make.damage(path / name, how)
     with pytest.raises(DamagedCheckpoint, match="ckpt_000002"):
         checkpoint.load(path)
     assert checkpoint.latest(tmp_path)[0] is None
     with pytest.raises(UserError, match="no valid checkpoint.*ckpt_000002.*train_gpt2.py"):
         checkpoint.load_model(tmp_path)
     checkpoint.save(tmp_path / "ckpt_000001", 1, model, optimizer=optimizer)
-    checkpoint.load_model(tmp_path)  # the one before it, and that is said
+    checkpoint.load_model(tmp_path)  # the older one, and it says so
     assert "passed over: " in (told := capsys.readouterr().err) and "ckpt_000002" in told
 
 
 def test_a_crash_while_saving_leaves_the_old_one(tmp_path, monkeypatch):
     old, new = trained(seed=1)[0], trained(seed=2)[0]
     checkpoint.save(tmp_path / "best", 1, old)
-    for victim in ("save_file", "sync"):  # in the middle, and when all is written but not renamed
+    for victim in ("save_file", "sync"):  # in the middle, and when all is written but not renamed yet
         with monkeypatch.context() as patch:
             patch.setattr(
                 checkpoint, victim, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -107,7 +102,7 @@ def test_a_crash_while_saving_leaves_the_old_one(tmp_path, monkeypatch):
     assert same(checkpoint.load_model(tmp_path / "best"), old) and not list(tmp_path.glob(".*"))
 
 
-def test_sources_that_are_none(tmp_path):
+def test_a_source_or_device_that_does_not_exist_is_refused(tmp_path):
     for source in (tmp_path, tmp_path / "missing", "gpt3"):
         with pytest.raises(UserError, match="checkpoint"):
             checkpoint.load_model(source)
@@ -117,7 +112,7 @@ def test_sources_that_are_none(tmp_path):
     assert checkpoint.pick_device("cpu:0") == "cpu:0"
 
 
-def test_list_and_verify_show_a_person_what_is_there(tmp_path, capsys):
+def test_list_and_verify_show_steps_losses_sizes_and_damage(tmp_path, capsys):
     model, optimizer = trained()
     checkpoint.save(tmp_path / "ckpt_000005", 5, model, optimizer=optimizer, val_loss=5.25)
     checkpoint.save(tmp_path / "ckpt_000010", 10, model, optimizer=optimizer, val_loss=None)
@@ -135,9 +130,7 @@ def test_list_and_verify_show_a_person_what_is_there(tmp_path, capsys):
     assert shown("list", tmp_path / "best") == lines[2:]
 
     path = tmp_path / "ckpt_000005" / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)  # of the same size: only the digest tells
+    make.damage(path, "one byte flipped")  # the size stays: only the digest shows it
     assert shown("list") == lines
     with pytest.raises(SystemExit, match="1"):
         shown("verify")

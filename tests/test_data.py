@@ -1,10 +1,9 @@
-"""Shards and the loader: what goes in comes out, after any interruption, for any number of ranks."""
+"""Shards and the loader: the texts' tokens in order, after any interruption, for any number of ranks."""
 
 import functools
 import gzip
 import http.server
 import io
-import json
 import shutil
 import sys
 import threading
@@ -12,11 +11,11 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import hub
+import make
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 import pytest
-from conftest import refused, run_script
+from runs import assert_refused, run_script
 
 import fineweb_edu
 import tokenizer
@@ -25,46 +24,25 @@ from fineweb_edu import open_shards, prepare, verify
 from tokenizer import get_fast_tokenizer, get_tokenizer, train
 from train_gpt2 import DataLoaderLite
 
-FINEWEB_COLUMNS = "id dump url file_path language language_score token_count score int_score".split()
-
 
 def stream_of(data_dir):
+    """All ids of a directory of shards, in order."""
     return np.concatenate([ids for split in ("val", "train") for _, ids in open_shards(data_dir, split)])
 
 
 def expected_stream(texts, tokenizer):
+    """The ids that documents become: <|endoftext|> before each one."""
     encoding = get_tokenizer(tokenizer)
     return np.array([i for text in texts for i in [encoding.eot_token, *encoding.encode_ordinary(text)]])
 
 
-def write_parquet(path, texts, row_group_size=20):
-    columns = {"text": texts, **{name: [name] * len(texts) for name in FINEWEB_COLUMNS}}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=row_group_size)
-
-
-def write_all_formats(folder, texts):
-    """The texts in four files, a quarter each: parquet, jsonl, jsonl.gz, and one document of plain text."""
-    quarter = len(texts) // 4
-    lines = [json.dumps({"text": text, "n": 1}) + "\n" for text in texts]
-    write_parquet(folder / "a.parquet", texts[:quarter])
-    (folder / "b.jsonl").write_text("".join(lines[quarter : 2 * quarter]) + "\n")
-    with gzip.open(folder / "c.jsonl.gz", "wt") as file:
-        file.writelines(lines[2 * quarter : 3 * quarter])
-    last = "\r\n".join(texts[3 * quarter :])
-    (folder / "d.txt").write_bytes(last.encode())
-    return (
-        [folder / name for name in ("a.parquet", "b.jsonl", "c.jsonl.gz", "d.txt")],
-        texts[: 3 * quarter] + [last],
-    )
-
-
 @pytest.mark.parametrize("num_proc, gigatoken", [(1, True), (1, False), (2, True), (2, False)])
 def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc, gigatoken, monkeypatch,
-                                              capsys):
+                                              faults, capsys):
     if not gigatoken:
-        monkeypatch.setitem(sys.modules, "gigatoken", None)  # to import it is an ImportError
-    monkeypatch.setattr(fineweb_edu, "BATCH_CHARS", 10_000)  # many batches, and the .txt in many pieces
-    files, documents = write_all_formats(tmp_path, texts[:60])
+        monkeypatch.setitem(sys.modules, "gigatoken", None)  # an import raises ImportError
+    faults.small_batches(10_000)  # many batches, and the .txt in many pieces
+    files, documents = make.write_all_formats(tmp_path, texts[:60])
     manifest = prepare(files, tmp_path / "out", {}, tokenizer=learned, shard_size=9_000, num_proc=num_proc)
     assert capsys.readouterr().out.count("gigatoken is not installed: tiktoken encodes") == (not gigatoken)
     expected = expected_stream(documents, learned)
@@ -76,37 +54,30 @@ def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc
     )
 
 
-def test_tiktoken_encodes_only_a_sample_beside_gigatoken(tmp_path, texts, learned, monkeypatch):
-    """The work of the fast path: a sample for tiktoken, and no Python string of any other text."""
-    write_parquet(tmp_path / "a.parquet", texts * 6)
-    encoded, encode = [], fineweb_edu.encode
-    sizes, documents = [], fineweb_edu.documents
-    monkeypatch.setattr(fineweb_edu, "documents", lambda batch: sizes.append(len(batch)) or documents(batch))
-
-    def watched(batch, tokenizer):
-        encoded.append(sum(len(text) for _, text in batch))
-        return encode(batch, tokenizer)
-
-    monkeypatch.setattr(fineweb_edu, "encode", watched)
+def test_with_gigatoken_tiktoken_encodes_only_a_sample(tmp_path, texts, learned, calls_of):
+    """The other texts do not even become Python strings."""
+    make.write_parquet(tmp_path / "a.parquet", texts * 6)
+    encodings, made_strings = calls_of(fineweb_edu, "encode"), calls_of(fineweb_edu, "documents")
     prepare([tmp_path / "a.parquet"], tmp_path / "out", {}, tokenizer=learned)
-    assert len(encoded) == 1 and encoded[0] <= 64 * 4096 < sum(map(len, texts * 6)) / 5
-    assert set(sizes) == {64}
+    [(sample, _)] = encodings
+    assert sum(len(text) for _, text in sample) <= 64 * 4096 < sum(map(len, texts * 6)) / 5
+    assert {len(batch) for batch, in made_strings} == {64}
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts * 6, learned))
 
 
 def test_each_thread_has_a_tokenizer_of_its_own(tmp_path, texts, learned, monkeypatch):
-    """gigatoken's lets in one thread at a time: shared, it would leave all cores but one idle."""
+    """A gigatoken tokenizer serves one thread at a time: shared, it would leave all cores but one idle."""
     meet = threading.Barrier(2, timeout=60)
 
     def two_calls(_):
-        meet.wait()  # so that neither thread does the work of both
+        meet.wait()  # so that no thread does the work of both
         return get_fast_tokenizer(learned), get_fast_tokenizer(learned)
 
     with ThreadPoolExecutor(2) as pool:
         (a, a_again), (b, b_again) = pool.map(two_calls, range(2))
     assert a is a_again and b is b_again and a is not b
 
-    monkeypatch.setattr(tokenizer, "RENEW_AFTER", 3)  # its memory of words would grow for ever
+    monkeypatch.setattr(tokenizer, "RENEW_AFTER", 3)  # its cache of words would grow for ever
     with ThreadPoolExecutor(1) as pool:
         made = [pool.submit(get_fast_tokenizer, learned).result() for _ in range(7)]
     assert [one is other for one, other in zip(made, made[1:])] == [True, True, False, True, True, False]
@@ -114,13 +85,13 @@ def test_each_thread_has_a_tokenizer_of_its_own(tmp_path, texts, learned, monkey
     callers = set()
     monkeypatch.setattr(fineweb_edu, "get_fast_tokenizer",
                         lambda name: callers.add(threading.get_ident()) or get_fast_tokenizer(name))
-    write_parquet(tmp_path / "a.parquet", texts)
+    make.write_parquet(tmp_path / "a.parquet", texts)
     prepare([tmp_path / "a.parquet"], tmp_path / "out", {}, tokenizer=learned, num_proc=1)
-    assert len(callers) == 1 and callers != {threading.get_ident()}  # none is made to look at a sample alone
+    assert len(callers) == 1 and callers != {threading.get_ident()}  # the sample is encoded by the same one
 
 
 def writer_and_ids(directory, file_format, count):
-    """The writer of a new directory, 16M ids a shard, and `count` parts of 2M ids to give it."""
+    """A writer with shards of 16M ids, and `count` parts of 2M ids to write."""
     manifest = dict(file_format=file_format, shard_size=16 * 10**6, val_tokens=None, shards=[], batches=[])
     manifest["next"] = (0, 0, 0)
     parts = [np.arange(n, n + 2 * 10**6).astype(np.uint16) for n in range(count)]
@@ -129,7 +100,7 @@ def writer_and_ids(directory, file_format, count):
 
 @pytest.mark.parametrize("file_format", ["npy", "bin"])
 def test_ids_do_not_stay_in_memory(tmp_path, file_format, monkeypatch):
-    """The work, counted: 80 MB of ids reach the disk part by part, before the val split's length is known."""
+    """80 MB of ids reach the disk part by part, before the length of the val split is known."""
     writer, parts = writer_and_ids(tmp_path, file_format, 20)
     manifest = writer.manifest
     released, release = [], fineweb_edu.release
@@ -148,8 +119,8 @@ def test_ids_do_not_stay_in_memory(tmp_path, file_format, monkeypatch):
     assert np.array_equal(np.concatenate(shards), np.concatenate(parts)) and shards[0].dtype == np.uint16
 
 
-def test_a_stream_is_cut_anew_part_by_part(tmp_path):
-    """The work, counted: 48 MB of ids are less than two shards, and pass through memory in parts."""
+def test_a_short_stream_is_split_again_part_by_part(tmp_path):
+    """48 MB of ids, fewer than two shards, pass through memory in parts."""
     writer, parts = writer_and_ids(tmp_path, "npy", 12)
     for batch, part in enumerate(parts):
         writer.add(0, batch, part)
@@ -165,16 +136,15 @@ def test_a_stream_is_cut_anew_part_by_part(tmp_path):
     assert np.array_equal(np.concatenate(shards), np.concatenate(parts))
 
 
-def test_parquet_of_any_kind_encodes_as_its_texts(tmp_path, texts, learned, monkeypatch):
-    """Empty documents, an empty file but for them, large strings, a dictionary, many batches."""
-    monkeypatch.setattr(fineweb_edu, "BATCH_CHARS", 50_000)
+def test_parquet_of_any_kind_encodes_as_its_texts(tmp_path, texts, learned, faults):
+    """Empty documents, a file of nothing else, large strings, a dictionary, many batches."""
+    faults.small_batches(50_000)
     parts = [["", *texts[:300], "", texts[0], ""], [""] * 300, texts[:9], [texts[0], texts[1]] * 5]
     kinds = [pyarrow.string(), pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(
         pyarrow.int32(), pyarrow.string())]
     files = [tmp_path / f"{number}.parquet" for number in range(4)]
     for path, part, kind in zip(files, parts, kinds):
-        table = pyarrow.table({"text": pyarrow.array(part).cast(kind)})
-        pyarrow.parquet.write_table(table, path, row_group_size=100)
+        make.write_text_column(path, pyarrow.array(part).cast(kind))
     prepare(files, tmp_path / "out", {}, tokenizer=learned, num_proc=2)
     documents = [text for part in parts for text in part]
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(documents, learned))
@@ -184,7 +154,7 @@ def test_where_gigatoken_differs_tiktoken_encodes(tmp_path, texts, learned, monk
     train(texts[:9], 300, tmp_path / "other.json")
     other = get_fast_tokenizer(tmp_path / "other.json")
     monkeypatch.setattr(fineweb_edu, "get_fast_tokenizer", lambda name: other)
-    files, documents = write_all_formats(tmp_path, texts[:20])
+    files, documents = make.write_all_formats(tmp_path, texts[:20])
     prepare(files, tmp_path / "out", {}, tokenizer=learned, num_proc=2)
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(documents, learned))
     assert capsys.readouterr().out.count("differ") == 1
@@ -198,9 +168,9 @@ def test_half_a_character_encodes_as_by_tiktoken(learned):
 @pytest.mark.parametrize("text", [
     "a line\r\n \t and more  \n\n" * 9, "oneword" * 40, "a\u00a0 b\x1c c!\x1cd\n" * 20, "\n" * 99,
 ])
-def test_a_text_in_pieces_encodes_as_the_whole(learned, monkeypatch, text):
+def test_a_text_in_pieces_encodes_as_the_whole(learned, faults, text):
     for size in (1, 2, 7, 50):
-        monkeypatch.setattr(fineweb_edu, "BATCH_CHARS", size)
+        faults.small_batches(size)
         pieces = list(fineweb_edu.read_pieces(io.StringIO(text, newline="")))
         ids = [i for _, piece in pieces for i in get_tokenizer(learned).encode_ordinary(piece)]
         assert ids == get_tokenizer(learned).encode_ordinary(text)
@@ -209,40 +179,32 @@ def test_a_text_in_pieces_encodes_as_the_whole(learned, monkeypatch, text):
 
 
 @pytest.mark.parametrize("shard_size, val_tokens, expected", [
-    (10**6, None, [("val", 100), ("train", 901)]),  # smaller than two shards: a tenth
+    (10**6, None, [("val", 100), ("train", 901)]),  # less than two shards: a tenth
     (400, None, [("val", 400), ("train", 400), ("train", 201)]),
     (400, 700, [("val", 400), ("val", 300), ("train", 301)]),
     (1000, 1, [("val", 1), ("train", 1000)]),
 ])
 def test_sizes_of_the_splits(tmp_path, learned, shard_size, val_tokens, expected):
-    (tmp_path / "a.txt").write_text("\x00" * 1000)  # a byte that no learned token holds: 1 + 1000 tokens
+    (tmp_path / "a.txt").write_text("\x00" * 1000)  # a byte in no learned token: 1 + 1000 tokens
     manifest = prepare([tmp_path / "a.txt"], tmp_path / "out", {}, learned, "text", shard_size, val_tokens)
     assert [(shard["split"], shard["tokens"]) for shard in manifest["shards"]] == expected
 
 
-@pytest.mark.parametrize("shard_size", [400, 10**6])  # of two shards and more, and of less
-def test_a_kill_between_a_shard_and_the_manifest(tmp_path, learned, monkeypatch, shard_size):
+@pytest.mark.parametrize("shard_size", [400, 10**6], ids=["two shards and more", "less than two shards"])
+def test_a_kill_between_a_shard_and_the_manifest_loses_nothing(tmp_path, learned, faults, shard_size):
     (tmp_path / "a.txt").write_text("\x00" * 1000)
     arguments = [tmp_path / "a.txt"], tmp_path / "out", {}, learned, "text", shard_size
-    write_manifest = fineweb_edu.write_manifest
-
-    def killed(data_dir, manifest):
-        if manifest["shards"]:
-            raise KeyboardInterrupt
-        write_manifest(data_dir, manifest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fineweb_edu, "write_manifest", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(*arguments)
+    with faults.put_in(), pytest.raises(KeyboardInterrupt):
+        faults.after_first_shard(faults.interrupt)
+        prepare(*arguments)
     assert [path.name for path in (tmp_path / "out").glob("*.npy")] == ["out_val_000000.npy"]
     prepare(*arguments)
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(["\x00" * 1000], learned))
     assert verify(tmp_path / "out") == 1001
 
 
-def test_a_preparation_that_breaks_off_leaves_no_half_shard(tmp_path, learned, monkeypatch):
-    monkeypatch.setattr(fineweb_edu, "BATCH_CHARS", 50)
+def test_a_preparation_that_fails_leaves_no_half_shard(tmp_path, learned, faults):
+    faults.small_batches(50)
     (tmp_path / "a.txt").write_text("A few words. " * 100)
     with pytest.raises(UserError, match="no such file"):
         prepare([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out", {}, learned, "text", 70)
@@ -250,7 +212,7 @@ def test_a_preparation_that_breaks_off_leaves_no_half_shard(tmp_path, learned, m
     assert "out_train_000001.npy" in names and not any(name.startswith(".") for name in names)
 
 
-def test_tinyshakespeare(tmp_path, real_data, gpt2_tokenizer):
+def test_tinyshakespeare_is_prepared_with_gpt2s_tokenizer(tmp_path, real_data, gpt2_tokenizer):
     process = run_script("fineweb_edu.py", "--input", real_data / "tinyshakespeare.txt",
                          "--data_dir", tmp_path / "out")
     assert "304,224 train and 33,802 val tokens" in process.stdout
@@ -260,16 +222,12 @@ def test_tinyshakespeare(tmp_path, real_data, gpt2_tokenizer):
     assert "338,026 tokens" in run_script("fineweb_edu.py", "--verify", tmp_path / "out").stdout
 
 
-def parquet_bytes(folder, texts):
-    write_parquet(folder / "part.parquet", texts)
-    return (folder / "part.parquet").read_bytes()
-
-
 def test_fineweb_edu_comes_from_the_hub(tmp_path, texts, learned):
-    """`python fineweb_edu.py` itself, against a local server with the hub's interface and layout."""
+    """`python fineweb_edu.py` against a local server with the hub's interface and layout."""
     files = {"data/CC-MAIN-2024-10/train-00000.parquet": texts[40:],
              "sample/10BT/000_00000.parquet": texts[:20], "sample/10BT/001_00000.parquet": texts[20:40]}
-    files = {path: parquet_bytes(tmp_path, part) for path, part in files.items()}
+    files = {path: make.write_parquet(tmp_path / "part.parquet", part).read_bytes()
+             for path, part in files.items()}
     files["README.md"] = (
         b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*/*\n"
         b"- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
@@ -285,7 +243,7 @@ def test_fineweb_edu_comes_from_the_hub(tmp_path, texts, learned):
     fetched = [path for method, path in server.asked if method == "GET" and path.endswith(".parquet")]
     assert len(fetched) == 2  # the sample's two files, once each
     process = run_script(*command, "--name", "nope", "--data_dir", tmp_path / "x", check=False, env=env)
-    assert refused(process, "--dataset", "nope", "sample-10BT")
+    assert_refused(process, "--dataset", "nope", "sample-10BT")
     server.shutdown()
 
 
@@ -294,8 +252,8 @@ def test_fineweb_edu_comes_from_the_hub(tmp_path, texts, learned):
     ("openwebtext", "Skylion007/openwebtext", "refs/convert/parquet", "plain_text/train/0000.parquet"),
     ("someone/stories", "someone/stories", None, "data/train-00000-of-00001.parquet"),
 ])
-def test_other_datasets_by_name(tmp_path, texts, learned, dataset, repository, ref, path):
-    files = {path: parquet_bytes(tmp_path, texts[:20])}
+def test_other_datasets_come_from_the_hub_by_name(tmp_path, texts, learned, dataset, repository, ref, path):
+    files = {path: make.write_parquet(tmp_path / "part.parquet", texts[:20]).read_bytes()}
     if dataset == "fineweb":
         files["README.md"] = (b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n"
                               b"    path: sample/10BT/*\n---\n")
@@ -309,7 +267,7 @@ def test_other_datasets_by_name(tmp_path, texts, learned, dataset, repository, r
     server.shutdown()
 
 
-def test_where_the_shards_of_a_dataset_go():
+def test_the_default_directory_of_each_dataset():
     places = {"fineweb-edu": "edu_fineweb10B", "openwebtext": "data/openwebtext", "someone/x": "data/x"}
     for dataset, place in places.items():
         assert fineweb_edu.parse_args(["--dataset", dataset]).data_dir == place
@@ -334,13 +292,13 @@ def test_tinyshakespeare_is_downloaded_once_and_known_by_its_digest(tmp_path, le
     monkeypatch.setitem(fineweb_edu.TEXTS, "tinyshakespeare", (url, expected))
     fineweb_edu.main(args)
     server.shutdown()
-    fineweb_edu.main(fineweb_edu.parse_args(arguments))  # the copy that is there
+    fineweb_edu.main(fineweb_edu.parse_args(arguments))  # from the copy
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream([text], learned))
 
 
-def test_bin_shards_are_llm_cs(tmp_path, texts, learned):
-    """Header and ids as https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py has them."""
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:60]))
+def test_bin_shards_are_those_of_llm_c(tmp_path, texts, learned):
+    """Header and ids as in https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py."""
+    make.write_jsonl(tmp_path / "a.jsonl", texts[:60])
     command = ["fineweb_edu.py", "--input", tmp_path / "a.jsonl", "--tokenizer", learned]
     command += ["--shard_size", 30_000]
     run_script(*command, "--data_dir", tmp_path / "npy")
@@ -351,11 +309,11 @@ def test_bin_shards_are_llm_cs(tmp_path, texts, learned):
         header = np.fromfile(path, dtype=np.int32, count=256)
         ids = np.fromfile(path, dtype=np.uint16, offset=1024)
         assert header[:3].tolist() == [20240520, 1, len(ids)] and not header[3:].any()
-    assert refused(run_script(*command, "--data_dir", tmp_path / "bin", check=False), "file_format")
+    assert_refused(run_script(*command, "--data_dir", tmp_path / "bin", check=False), "file_format")
     large = run_script(*command, "--format", "bin", "--shard_size", 2**31, check=False)
-    assert refused(large, "--shard_size")
+    assert_refused(large, "--shard_size")
 
-    # theirs have no manifest: by their names alone they are read as they are, or refused
+    # llm.c writes no manifest: its shards are recognized by their names
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     for path in (tmp_path / "bin").glob("*.bin"):
@@ -365,7 +323,7 @@ def test_bin_shards_are_llm_cs(tmp_path, texts, learned):
         x, y = zip(*(loader.next_batch() for loader in loaders))
         assert x[0].equal(x[1]) and y[0].equal(y[1])
     assert fineweb_edu.source_of(theirs)["dataset"] == "HuggingFaceFW/fineweb-edu"
-    small = tmp_path / "small"  # dev/data/tinyshakespeare.py's have no number
+    small = tmp_path / "small"  # those of dev/data/tinyshakespeare.py have no number
     small.mkdir()
     for split in ("val", "train"):
         path = next((tmp_path / "bin").glob(f"*_{split}_*"))
@@ -388,40 +346,46 @@ def test_bin_shards_are_llm_cs(tmp_path, texts, learned):
         open_shards(theirs, "train")
 
 
-def test_what_can_not_be_read_is_refused_by_name(tmp_path, texts, learned):
-    write_parquet(tmp_path / "good.parquet", texts[:3])
-    (tmp_path / "torn.parquet").write_bytes((tmp_path / "good.parquet").read_bytes()[:-100])
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"content": "two"}\n')
-    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": 2}\n')
-    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": \n')
-    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n' * 100)[:-20])
-    (tmp_path / "e.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "f.txt").write_text("")
-    (tmp_path / "g.pdf").write_text("x")
-    write_parquet(tmp_path / "h.parquet", [*texts[:300], None])
-    write_parquet(tmp_path / "i.parquet", [1, 2])
-    not_utf8 = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
-    pyarrow.parquet.write_table(pyarrow.table({"text": not_utf8}), tmp_path / "j.parquet")
-    middle = bytearray((tmp_path / "good.parquet").read_bytes())
-    middle[40:400] = b"\xff" * 360  # behind an intact footer
-    (tmp_path / "k.parquet").write_bytes(middle)
-    for name, words in {
-        "h.parquet": f"row {len(texts[:300]) + 1}.*NoneType", "i.parquet": "row 1.*int", "j.parquet": "UTF",
-        "k.parquet": "k.parquet", "missing.parquet": "no such file",
-        "torn.parquet": "parquet", "a.jsonl": "a.jsonl:2.*content.*--text_column",
-        "b.jsonl": "b.jsonl:2.*int", "c.jsonl": "c.jsonl:2", "d.jsonl.gz": "d.jsonl.gz",
-        "e.txt": "UTF-8", "f.txt": "no text", "g.pdf": "jsonl", "missing.txt": "no such file",
-    }.items():
-        with pytest.raises(UserError, match=words) as error:
-            prepare([tmp_path / name], tmp_path / "out", {"name": name}, tokenizer=learned)
-        assert name in str(error.value)
-    with pytest.raises(UserError, match="score.*--text_column"):
-        prepare([tmp_path / "good.parquet"], tmp_path / "out", {}, tokenizer=learned, column="body")
-    with pytest.raises(UserError, match="--val_tokens"):
-        prepare([tmp_path / "good.parquet"], tmp_path / "out", {}, tokenizer=learned, val_tokens=10**6)
+def write_unreadable_files(folder, texts):
+    good = make.write_parquet(folder / "good.parquet", texts[:3]).read_bytes()
+    (folder / "torn.parquet").write_bytes(good[:-100])
+    (folder / "middle.parquet").write_bytes(good[:40] + b"\xff" * 360 + good[400:])  # with an intact footer
+    make.write_parquet(folder / "null.parquet", [*texts[:40], None])
+    make.write_parquet(folder / "numbers.parquet", [1, 2])
+    make.write_text_column(folder / "latin.parquet", pyarrow.array([b"caf\xe9"]).view(pyarrow.string()))
+    (folder / "column.jsonl").write_text('{"text": "one"}\n{"content": "two"}\n')
+    (folder / "number.jsonl").write_text('{"text": "one"}\n{"text": 2}\n')
+    (folder / "torn.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    (folder / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n' * 100)[:-20])
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "empty.txt").write_text("")
+    (folder / "other.pdf").write_text("x")
 
 
-def test_ids_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, words", [
+    ("null.parquet", "row 41.*NoneType"), ("numbers.parquet", "row 1.*int"), ("latin.parquet", "UTF"),
+    ("middle.parquet", "middle.parquet"), ("missing.parquet", "no such file"), ("torn.parquet", "parquet"),
+    ("column.jsonl", "column.jsonl:2.*content.*--text_column"), ("number.jsonl", "number.jsonl:2.*int"),
+    ("torn.jsonl", "torn.jsonl:2"), ("torn.jsonl.gz", "torn.jsonl.gz"), ("latin.txt", "UTF-8"),
+    ("empty.txt", "no text"), ("other.pdf", "jsonl"), ("missing.txt", "no such file"),
+])
+def test_an_unreadable_file_is_refused_by_name(tmp_path, texts, learned, name, words):
+    write_unreadable_files(tmp_path, texts)
+    with pytest.raises(UserError, match=words) as error:
+        prepare([tmp_path / name], tmp_path / "out", {"name": name}, tokenizer=learned)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(column="body"), "score.*--text_column"), (dict(val_tokens=10**6), "--val_tokens"),
+])
+def test_settings_that_do_not_fit_the_text_are_refused(tmp_path, texts, learned, settings, words):
+    good = make.write_parquet(tmp_path / "good.parquet", texts[:3])
+    with pytest.raises(UserError, match=words):
+        prepare([good], tmp_path / "out", {}, tokenizer=learned, **settings)
+
+
+def test_a_tokenizer_with_too_many_ids_is_refused(tmp_path, monkeypatch):
     import tiktoken
 
     big = tiktoken.Encoding(
@@ -434,7 +398,7 @@ def test_ids_that_do_not_fit_are_refused(tmp_path, monkeypatch):
 
 
 def test_another_preparation_in_the_same_place_is_refused(shards, tmp_path, learned):
-    shutil.copytree(shards, tmp_path / "data")
+    make.copy_shards(shards, tmp_path / "data")
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match="source"):
         prepare([tmp_path / "a.txt"], tmp_path / "data", {}, learned, shard_size=50_000, val_tokens=10_000)
@@ -444,44 +408,37 @@ def test_another_preparation_in_the_same_place_is_refused(shards, tmp_path, lear
 
 
 def test_verify_finds_a_flipped_bit(shards, tmp_path):
-    shutil.copytree(shards, tmp_path / "data")
+    make.copy_shards(shards, tmp_path / "data")
     assert verify(tmp_path / "data") > 10**5
     path = sorted((tmp_path / "data").glob("*_train_*.npy"))[1]
-    content = bytearray(path.read_bytes())
-    content[5000] ^= 1
-    path.write_bytes(content)
-    assert refused(
-        run_script("fineweb_edu.py", "--verify", tmp_path / "data", check=False), path.name, "digest"
-    )
-    assert refused(run_script("fineweb_edu.py", "--verify", tmp_path, check=False), "manifest")
+    make.damage(path, "one byte flipped")
+    process = run_script("fineweb_edu.py", "--verify", tmp_path / "data", check=False)
+    assert_refused(process, path.name, "digest")
+    assert_refused(run_script("fineweb_edu.py", "--verify", tmp_path, check=False), "manifest")
 
 
-# the loader
-
-
-def windows_of(loader, micro_batches):
-    return [loader.next_batch() for _ in range(micro_batches)]
+# ----------------------------------------------------------------------------------------------- the loader
 
 
 def test_ranks_and_micro_batches_partition_one_stream(shards):
     def global_batch(B, ranks, windows):
-        """The rows of all ranks in the order of the stream, and the targets beside them."""
+        """The inputs and targets of all ranks, in the order of the stream."""
         loaders = [DataLoaderLite(B, 32, rank, ranks, data_dir=shards) for rank in range(ranks)]
         rows = [rank.next_batch() for _ in range(windows // (B * ranks)) for rank in loaders]
         return [np.concatenate([pair[i].numpy() for pair in rows]) for i in (0, 1)]
 
     total = DataLoaderLite(1, 32, data_dir=shards).num_windows
-    windows = (total + 64) // 16 * 16  # beyond the end of the first epoch, across all shards
+    windows = (total + 64) // 16 * 16  # into the second epoch
     x, y = global_batch(1, 1, windows)
     assert np.array_equal(x[:, 1:], y[:, :-1])
     for B, ranks in ((16, 1), (4, 2), (8, 2), (2, 4), (4, 4)):
         assert all(map(np.array_equal, global_batch(B, ranks, windows), (x, y)))
 
 
-def test_loader_refusals(tmp_path):
+def test_the_loader_refuses_data_that_it_can_not_read(tmp_path):
     with pytest.raises(UserError, match="no train shards"):
         DataLoaderLite(data_dir=tmp_path)
-    np.save(tmp_path / "x_train_000001.npy", np.array([1, 2, 3, 60000, 5], dtype=np.uint16))
+    make.write_shards(tmp_path, train_000001=[1, 2, 3, 60000, 5])
     with pytest.raises(UserError, match="--sequence_length"):
         DataLoaderLite(1, 5, data_dir=tmp_path)
     with pytest.raises(UserError, match="60000 at 3"):

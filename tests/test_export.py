@@ -1,4 +1,4 @@
-"""What checkpoint.py export writes is a Hugging Face model like any other: same ids, logits and text."""
+"""checkpoint.py export writes a Hugging Face model with the same ids, logits and text."""
 
 import base64
 import http.server
@@ -6,22 +6,22 @@ import json
 import os
 import threading
 
+import make
 import pytest
 import torch
-from conftest import refused, run_script
 from huggingface_hub import ModelCard
+from runs import assert_refused, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import checkpoint
 from checkpoint import load_model_and_tokenizer
 from export import export
-from model import GPT, GPTConfig
 
 TEXTS = ["The try statement\n\nspecifies  exception handlers", " ünï 😀 \t<b>'s</b>", "def f(x):\n    pass"]
 
 
 def check_export(directory, model, tokenizer):
-    """Ids, logits, greedy text and the way back; a padded vocabulary is cut to the tokenizer's."""
+    """Same ids, logits and greedy text, also when loaded again; a padded vocabulary is cut."""
     theirs = AutoModelForCausalLM.from_pretrained(directory).eval()
     their_tokenizer = AutoTokenizer.from_pretrained(directory)
     assert their_tokenizer.eos_token_id == tokenizer.eot_token == theirs.generation_config.eos_token_id
@@ -41,11 +41,11 @@ def check_export(directory, model, tokenizer):
     expected = model.generate(idx, 10, temperature=0)[0].tolist()
     generate = pipeline("text-generation", str(directory), device="cpu")
     text = generate(TEXTS[0], max_new_tokens=10, min_new_tokens=10, do_sample=False)[0]["generated_text"]
-    # pipeline never takes <|endoftext|> here, nor does this model
+    # the pipeline never draws <|endoftext|> here, nor does this model
     assert tokenizer.eot_token not in expected and text == tokenizer.decode(expected)
 
 
-def test_a_run_with_a_learned_tokenizer(whole, tmp_path, shards):
+def test_an_exported_run_with_a_learned_tokenizer(whole, tmp_path, shards):
     log_dir, figures = whole
     run_script("checkpoint.py", "export", log_dir, tmp_path / "hf", env={"HF_HUB_OFFLINE": "1"})
     check_export(tmp_path / "hf", *load_model_and_tokenizer(log_dir))
@@ -56,31 +56,26 @@ def test_a_run_with_a_learned_tokenizer(whole, tmp_path, shards):
     assert "| steps | 12 |" in card and "| max_lr | 0.003 |" in card and "| files | topics |" in card
     for step, stream in ((11, "train"), (12, "val"), (12, "val_bpb")):
         assert f"{float(figures[step, stream]):.4f} at step {step} |" in card
-    # whoever may read one file may read all
+    # all files have the same permissions
     assert len({path.stat().st_mode for path in files.values()}) == 1
     ckpt = checkpoint.numbered(log_dir)[0]
     assert len({path.stat().st_mode for path in ckpt.iterdir()}) == 1
-    # an earlier step's card does not tell what came later
+    # the card of an earlier step has no later figures
     export(checkpoint.numbered(log_dir)[1], tmp_path / "earlier")
     assert "| steps | 8 |" in (tmp_path / "earlier" / "README.md").read_text()
     assert "at step 12" not in (tmp_path / "earlier" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_gpt2s_tokenizer_and_a_padded_vocabulary(tmp_path, gpt2_tokenizer, bias):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=16, bias=bias)).eval()
-    for p in model.parameters():
-        p.data *= 8  # far from uniform: greedy choices without ties
-    checkpoint.save(tmp_path / "ckpt_000000", 0, model)
-    export(tmp_path / "ckpt_000000", tmp_path / "hf")
+def test_an_exported_model_with_gpt2s_tokenizer_and_a_padded_vocabulary(tmp_path, gpt2_tokenizer, bias):
+    model = make.small_gpt(64, 50304, scale=8, bias=bias)  # greedy choices without ties
+    export(make.small_checkpoint(tmp_path, model), tmp_path / "hf")
     check_export(tmp_path / "hf", model, gpt2_tokenizer)
 
 
-def test_results_stand_in_the_front_matter(whole, learned, tmp_path):
+def test_results_are_in_the_front_matter_of_the_card(whole, learned, tmp_path):
     log_dir = tmp_path / "log"
-    log_dir.mkdir()
-    checkpoint.save(log_dir / "ckpt_000012", 12, checkpoint.load_model(whole[0]), learned)
+    make.small_checkpoint(log_dir, checkpoint.load_model(whole.log_dir), step=12, tokenizer=learned)
     (log_dir / "log.txt").write_text("0 hella 0.2400000000\n12 hella 0.2955000000\n")
     record = {"data_source": {"dataset": "HuggingFaceFW/fineweb-edu"}, "hellaswag_examples": 200}
     (log_dir / "run.json").write_text(json.dumps(record))
@@ -96,18 +91,18 @@ def test_results_stand_in_the_front_matter(whole, learned, tmp_path):
 
 
 def test_what_can_not_be_exported_is_refused(whole, tmp_path):
-    command = ["checkpoint.py", "export", whole[0]]
-    assert refused(run_script(*command, tmp_path, check=False), tmp_path, "new directory")
+    command = ["checkpoint.py", "export", whole.log_dir]
+    assert_refused(run_script(*command, tmp_path, check=False), tmp_path, "new directory")
     env = {"HF_HOME": str(tmp_path), "HF_TOKEN": ""}
     process = run_script(*command, tmp_path / "hf", "--push_to_hub", "me/x", check=False, env=env)
-    assert refused(process, "--push_to_hub", "hf auth login")
+    assert_refused(process, "--push_to_hub", "hf auth login")
     process = run_script("checkpoint.py", "export", tmp_path / "no", tmp_path / "hf", check=False)
-    assert refused(process, "no", "does not exist")
+    assert_refused(process, "no", "does not exist")
     assert os.listdir(tmp_path) == []
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as an upload of small files asks for."""
+    """The part of the hub that an upload of small files needs."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -138,13 +133,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_push_to_hub(whole, tmp_path):
+def test_push_to_hub_uploads_all_files(whole, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.asked, server.status = {}, 200
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
            "HF_TOKEN": "hf_x", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
-    command = ["checkpoint.py", "export", whole[0], tmp_path / "hf", "--push_to_hub", "me/tiny"]
+    command = ["checkpoint.py", "export", whole.log_dir, tmp_path / "hf", "--push_to_hub", "me/tiny"]
     assert "uploaded: http" in run_script(*command, env=env).stdout
     lines = map(json.loads, server.asked["/api/models/me/tiny/commit/main"].splitlines())
     sent = {line["value"]["path"]: base64.b64decode(line["value"]["content"])
@@ -153,6 +148,6 @@ def test_push_to_hub(whole, tmp_path):
     assert b'"text-generation", "me/tiny"' in sent["README.md"]
     server.status = 403
     command[3] = tmp_path / "other"
-    assert refused(run_script(*command, check=False, env=env), "--push_to_hub me/tiny", "403", "stands")
+    assert_refused(run_script(*command, check=False, env=env), "--push_to_hub me/tiny", "403", "stands")
     assert len(list((tmp_path / "other").iterdir())) == 6
     server.shutdown()

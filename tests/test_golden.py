@@ -2,7 +2,7 @@
 
 import pytest
 from compare import train, write_tokens
-from conftest import ROOT
+from runs import ROOT
 
 LOSSES = [
     4.164567, 4.099739, 4.066081, 4.005558, 3.967658, 3.816101, 3.816634,

@@ -1,15 +1,14 @@
-"""A CUDA device does what the CPU does: the same run, predictions and text. Skipped where there is none."""
+"""A CUDA device gives the same run, predictions and text as the CPU. Skipped without one."""
 
-import json
 import shutil
 
+import make
 import pytest
 import torch
-from conftest import close, flags_of, read_log, run_script
+from runs import assert_close, copy_run, flags_of, read_log, run_script
 
 import checkpoint
 import hellaswag
-from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 
 DEVICE = "cuda"
@@ -17,14 +16,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 def run(shards, log_dir, *flags):
-    """A run of the script on the device, in its default precision and compiled; its log and its words."""
+    """Run the script on the device, compiled and in its default precision; return its log and its output."""
     process = run_script("train_gpt2.py", *flags_of(shards, log_dir, "--device", DEVICE, "--compile", *flags))
     return read_log(log_dir), process.stdout
 
 
 @pytest.fixture(autouse=True)
 def exact():
-    """Products in fp32, whatever a run in this process has set before."""
+    """Matmuls in fp32, whatever an earlier run in this process has set."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -33,15 +32,14 @@ def exact():
 
 @pytest.fixture(scope="module")
 def on_device(shards, tmp_path_factory):
-    """A whole run: its directory, its log and its words."""
+    """A whole run: its directory, its log and its output."""
     log_dir = tmp_path_factory.mktemp("device") / "log"
     return log_dir, *run(shards, log_dir)
 
 
 @pytest.mark.parametrize("vocab_size", [512, 50304])
 def test_loss_and_gradients_are_the_cpus(vocab_size):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=64))
+    model = make.small_gpt(64, vocab_size, n_embd=64).train()
     x, y = torch.randint(vocab_size, (2, 4, 64))
     found = []
     for device in ("cpu", DEVICE):
@@ -59,46 +57,45 @@ def test_a_run_follows_the_cpus(on_device, whole):
     dtype = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
     assert f"{dtype} on cuda" in words and ", compiled" in words
     losses = {key for key in figures if key[1] in ("train", "val")}
-    assert losses == {key for key in whole[1] if key[1] in ("train", "val")}
-    for key in losses:  # of products with 8 bits; from first to last the val loss falls by 6%
-        assert float(figures[key]) == pytest.approx(float(whole[1][key]), rel=0.02)
+    assert losses == {key for key in whole.log if key[1] in ("train", "val")}
+    for key in losses:  # bf16 matmuls have 8 bits; the val loss falls by 6% in the run
+        assert float(figures[key]) == pytest.approx(float(whole.log[key]), rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_what_is_done_in_between(shards, texts, tmp_path, dtype):
+def test_evaluations_and_samples_between_the_steps(shards, texts, tmp_path, dtype):
     """HellaSwag and samples in 16 bits, with dropout and, in float16, a scaler."""
-    example = {"ctx": texts[0][:60], "endings": [texts[i][:30] for i in range(1, 5)], "label": 0}
-    (tmp_path / "data.jsonl").write_text(json.dumps(example) + "\n")
+    make.write_jsonl(tmp_path / "data.jsonl", make.hellaswag_rows(texts, 1))
     figures, words = run(shards, tmp_path / "log", "--dtype", dtype, "--dropout", 0.1, "--sample_every", 4,
                          "--hellaswag_every", 4, "--hellaswag_data", tmp_path / "data.jsonl")
     assert {(4, "hella"), (12, "hella")} <= figures.keys() and words.count("Hello") >= 4
     assert float(figures[12, "val"]) < float(figures[0, "val"])
 
 
-def test_a_run_goes_on(on_device, shards, tmp_path):
+def test_a_run_resumes(on_device, shards, tmp_path):
     run(shards, tmp_path / "log")
     shutil.rmtree(tmp_path / "log" / "ckpt_000012")
     figures, words = run(shards, tmp_path / "log", "--resume")
-    assert "ckpt_000008 at step 8" in words and close(figures, on_device[1], 1e-2)
+    assert "ckpt_000008 at step 8" in words
+    assert_close(figures, on_device[1], 1e-2)
 
 
-def test_a_run_of_the_cpu_goes_on_there(whole, shards, tmp_path):
-    shutil.copytree(whole[0], tmp_path / "log")
-    shutil.rmtree(tmp_path / "log" / "ckpt_000012")
+def test_a_run_of_the_cpu_resumes_on_the_device(whole, shards, tmp_path):
+    copy_run(whole.log_dir, tmp_path / "log", without="ckpt_000012")
     figures, words = run(shards, tmp_path / "log", "--resume", "--dtype", "float32")
-    assert "ckpt_000008 at step 8" in words and close(figures, whole[1], 1e-2)
+    assert "ckpt_000008 at step 8" in words
+    assert_close(figures, whole.log, 1e-2)
 
 
 def test_predictions_and_text_are_the_cpus(on_device, learned, texts, tmp_path):
-    examples = [{"ctx": text[:90], "endings": [text[i : i + 40] for i in range(100, 260, 40)], "label": 0}
-                for text in texts[:40] if len(text) > 300]
+    examples = make.hellaswag_rows(texts)
     model, tokenizer = checkpoint.load_model(on_device[0]), get_tokenizer(learned)
     prompt = torch.tensor([[65], [66]])
     there = hellaswag.evaluate(model.to(DEVICE), tokenizer, examples)["loglikelihoods"]
-    text = model.generate(prompt.to(DEVICE), 60, temperature=0).cpu()  # beyond the context of 32
+    text = model.generate(prompt.to(DEVICE), 60, temperature=0).cpu()  # longer than the context of 32
     here = hellaswag.evaluate(model.to("cpu"), tokenizer, examples)["loglikelihoods"]
     assert torch.allclose(torch.tensor(there), torch.tensor(here), rtol=1e-3)
     assert torch.equal(text, model.generate(prompt, 60, temperature=0))
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    make.write_jsonl(tmp_path / "data.jsonl", examples)
     for command in (("hellaswag.py", "--data", tmp_path / "data.jsonl"), ("sample.py", "-p", "The")):
         run_script(*command, "-m", on_device[0], "-d", DEVICE)

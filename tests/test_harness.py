@@ -1,16 +1,14 @@
 """HellaSwag's harness protocol against lm-evaluation-harness itself: python -m pytest -m harness -s
 
-The stock task, its texts and its metrics, on local documents and what checkpoint.py export has written.
+The harness's own task and metrics, on local documents and a model that checkpoint.py export has written.
 """
 
-import json
 from pathlib import Path
 
+import make
 import numpy as np
 import pytest
-from test_hellaswag import gpt
 
-import checkpoint
 import hellaswag
 from export import export
 from tokenizer import get_tokenizer
@@ -28,10 +26,9 @@ def harness(tmp_path):
     HFLM = pytest.importorskip("lm_eval.models.huggingface", reason=reason).HFLM
 
     def run(model, tokenizer_name, documents):
-        checkpoint.save(tmp_path / "ckpt_000000", 0, model, tokenizer_name)
-        export(tmp_path / "ckpt_000000", tmp_path / "model")
-        data, task = tmp_path / "documents.jsonl", tmp_path / "task.yaml"
-        data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+        export(make.small_checkpoint(tmp_path, model, tokenizer=tokenizer_name), tmp_path / "model")
+        data = make.write_jsonl(tmp_path / "documents.jsonl", documents)
+        task = tmp_path / "task.yaml"
         task.write_text(
             f"include: {Path(lm_eval.__file__).parent}/tasks/hellaswag/hellaswag.yaml\n"
             "task: hellaswag_local\n"
@@ -48,6 +45,10 @@ def harness(tmp_path):
     return run
 
 
+def gpt(block_size, vocab_size):
+    return make.small_gpt(block_size, vocab_size, n_head=4, n_embd=64, scale=4)
+
+
 def check_against_harness(run, model, tokenizer_name, examples, documents):
     """The same choices (unless tied), the same log-likelihoods, the same figures."""
     result = hellaswag.evaluate(model, get_tokenizer(tokenizer_name), examples, protocol="harness")
@@ -56,7 +57,7 @@ def check_against_harness(run, model, tokenizer_name, examples, documents):
     largest = ties = 0
     for i, sample in enumerate(samples):
         theirs = np.array([loglikelihood for loglikelihood, _ in sample["filtered_resps"]])
-        with np.errstate(divide="ignore"):  # of an ending that was nothing but marks
+        with np.errstate(divide="ignore"):  # an ending of nothing but marks is empty
             theirs_norm = theirs / [len(choice) for choice in sample["doc"]["choices"]]
         for suffix, scores in (("", theirs), ("_norm", theirs_norm)):
             ours, choice = result[f"loglikelihoods{suffix}"][i], result[f"predictions{suffix}"][i]
@@ -70,13 +71,13 @@ def check_against_harness(run, model, tokenizer_name, examples, documents):
     assert len(set(map(tuple, (result["predictions"], result["predictions_norm"])))) == 2
     assert len({*result["predictions"]}) == 4  # the model does choose
     print(f"\n{len(samples)} examples, largest difference of log-likelihoods {largest:.1e}, "
-          f"{ties} of {2 * len(samples)} choices another one of a tie")
+          f"{ties} of {2 * len(samples)} choices a different one of a tie")
     return result
 
 
 def test_real_examples(real_data, gpt2_tokenizer, harness):
-    """The sample holds ctx alone, so that its parts are derived; the harness is told them by another rule:
-    what doesn't end as a sentence ends in a ctx_b."""
+    """The sample has only ctx, so hellaswag.py derives its parts. The harness gets them by another rule:
+    a ctx that does not end like a sentence ends in a ctx_b."""
     examples = list(hellaswag.iterate_examples(real_data / "hellaswag_val_sample.jsonl"))[::8]
     documents = []
     for example in examples:
@@ -89,27 +90,8 @@ def test_real_examples(real_data, gpt2_tokenizer, harness):
     check_against_harness(harness, gpt(128, 50304), "gpt2", examples, documents)
 
 
-def official_examples(texts):
-    """Sixty as the official file has them, with everything the harness cleans, cuts and counts."""
-    words = " ".join(texts[:20]).split()
-    examples = []
-    for i in range(60):
-        take = words[40 * i : 40 * i + 40]
-        ctx_a = " ".join(take[: 3 + i % 12]) + "."
-        ctx_b = " ".join(take[20 : 20 + i % 4]).upper() if i % 2 else ""  # capitalize() lowers the rest
-        endings = [" ".join(take[24 + 4 * j : 25 + 4 * j + (i + j) % 4]) for j in range(4)]
-        if i % 3 == 0:
-            ctx_a = f"[header] How to {ctx_a} [title] {take[30]}  twice   [substeps]{take[31]}"
-            endings[i % 4] = f" [step] {endings[i % 4]} [title] Größe: 5 €   [substeps] "
-        if i % 5 == 0:  # cleaned, the context ends in blanks
-            ctx_a, ctx_b = ctx_a + " [step]", ""
-        examples.append({"activity_label": f"Topic {take[0]}", "ctx_a": ctx_a, "ctx_b": ctx_b,
-                         "ctx": f"{ctx_a} {ctx_b}".strip(), "endings": endings, "label": i % 4})
-    return examples
-
-
-def test_official_format(texts, learned, harness):
-    examples = official_examples(texts)
+def test_rows_in_the_official_format(texts, learned, harness):
+    examples = make.official_rows_to_clean(texts)
     assert any(hellaswag.texts(example, "harness")[0].endswith(" ") for example in examples)
     result = check_against_harness(harness, gpt(64, 512), learned, examples, examples)
     assert 10 < result["endings_cut"] < 100

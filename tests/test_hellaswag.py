@@ -1,23 +1,23 @@
-"""HellaSwag: the fast evaluation predicts what one example at a time does, by both protocols; groups, two
-models compared; bad files are refused by line."""
+"""HellaSwag: the fast evaluation predicts the same as one example at a time, in both protocols; groups of
+examples, comparisons of two models, refused files and flags."""
 
 import json
 import math
 
+import make
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, run_script, with_biases
+from runs import assert_refused, run_script
 
 import accuracy
 import hellaswag
 import published
-from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 
 
 def naive_scores(model, tokenizer, example):
-    """The protocol as the tutorials write it: one ending at a time, all logits. Sums and means of losses."""
+    """The protocol as tutorials implement it, one ending at a time: the sums and means of the losses."""
     sums, means = [], []
     for ending in example["endings"]:
         ids = tokenizer.encode_ordinary(example["ctx"])
@@ -51,22 +51,12 @@ def check_against_naive(model, tokenizer, examples, **settings):
 
 
 def gpt(block_size, vocab_size, seed=0):
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer=2, n_head=4, n_embd=64)).eval()
-    for p in model.parameters():
-        p.data *= 4  # far from uniform, so that the endings differ
-    return model
+    return make.small_gpt(block_size, vocab_size, n_head=4, n_embd=64, seed=seed, scale=4)
 
 
 @pytest.fixture
 def examples(texts):
-    """Forty made of words of different lengths."""
-    words = " ".join(texts[:20]).split()
-    return [
-        {"ctx": " ".join(words[7 * i : 7 * i + 3 + i]), "label": i % 4,
-         "endings": [" ".join(words[50 * i + j : 50 * i + 2 * j + 1 + i % 5]) for j in range(4)]}
-        for i in range(40)
-    ]
+    return make.hellaswag_rows(texts)
 
 
 def test_predictions_equal_one_example_at_a_time(learned, examples):
@@ -78,7 +68,7 @@ def test_predictions_equal_one_example_at_a_time(learned, examples):
 
 def test_examples_longer_than_the_context_keep_their_end(learned, examples):
     tokenizer = get_tokenizer(learned)
-    examples[3]["endings"][2] = " ".join(["a very long ending"] * 30)  # on its own longer than the context
+    examples[3]["endings"][2] = " ".join(["a very long ending"] * 30)  # alone longer than the context
     result = check_against_naive(gpt(24, 512), tokenizer, examples)
     lengths = [
         len(tokenizer.encode_ordinary(e["ctx"])) + len(tokenizer.encode_ordinary(" " + ending))
@@ -87,14 +77,14 @@ def test_examples_longer_than_the_context_keep_their_end(learned, examples):
     assert result["endings_cut"] == sum(length > 25 for length in lengths) > 20
 
 
-def test_real_examples(real_data, gpt2_tokenizer):
+def test_predictions_on_real_examples_equal_one_at_a_time(real_data, gpt2_tokenizer):
     examples = list(hellaswag.iterate_examples(real_data / "hellaswag_val_sample.jsonl"))
     assert len(examples) == 2009
     check_against_naive(gpt(128, 50257), gpt2_tokenizer, examples[:60])
 
 
 @pytest.mark.parametrize("given, query, ending", [
-    # both halves of the official file: ActivityNet's captions, WikiHow's pages
+    # from the two sources of the official file: captions of ActivityNet, pages of WikiHow
     (dict(ctx_a="A man sits.", ctx_b="he", ctx="another text"), "Roofs: A man sits. He", "b"),
     (dict(ctx_a="A man.", ctx_b="the man in a BMW"), "Roofs: A man. The man in a bmw", "b"),
     (dict(ctx_a="[header] How to nail [title] Buy nails.  Long ones. [step]  Use", ctx_b=""),
@@ -102,29 +92,20 @@ def test_real_examples(real_data, gpt2_tokenizer):
     (dict(ctx_a="Nail it. [step]", ctx_b=""), "Roofs: Nail it. ", "b"),
     (dict(ctx_a="A.", ctx_b="", ending=" [title] Nail. [substeps] it  now "), "Roofs: A.",
      " Nail. it now"),
-    # ctx alone
+    # a row with ctx only
     (dict(ctx="It rains. A man sits on a roof. he"), "Roofs: It rains. A man sits on a roof. He", "b"),
     (dict(ctx='"It rains!" then they'), 'Roofs: "It rains!" Then they', "b"),
     (dict(ctx="Buy nails. Use a Hammer."), "Roofs: Buy nails. Use a Hammer.", "b"),
     (dict(ctx="Buy nails. Use a Hammer"), "Roofs: Buy nails. Use a Hammer", "b"),
 ])
-def test_what_the_harness_reads(given, query, ending):
+def test_the_text_that_the_harness_protocol_reads(given, query, ending):
     endings = [given.get("ending", "b"), "c", "d", "e"]
     example = {"activity_label": "Roofs", "ctx": "", **given, "endings": endings}
     assert hellaswag.texts(example, "harness") == (query, [ending, "c", "d", "e"])
 
 
-def with_parts(examples):
-    """The same as the official file has them; every third context ends in spaces once it is cleaned."""
-    return [{**e, "activity_label": f"Topic {i % 5}", "ctx_b": "",
-             "ctx_a": e["ctx"] + " [step]" * (i % 3 == 0),
-             "split_type": "indomain" if i % 4 else "zeroshot",
-             "endings": [f"{e['endings'][0]} für 5 €", *e["endings"][1:]]}  # more bytes than characters
-            for i, e in enumerate(examples)]
-
-
 def check_harness_against_naive(model, tokenizer, examples):
-    """The harness's way: the whole encoded and cut behind the context, and a sum per character."""
+    """The harness's way: encode context and ending together, cut after the context, sum per character."""
     result = hellaswag.evaluate(model, tokenizer, examples, protocol="harness")
     for i, example in enumerate(examples):
         query, endings = hellaswag.texts(example, "harness")
@@ -148,14 +129,14 @@ def check_harness_against_naive(model, tokenizer, examples):
 
 def test_harness_protocol_equals_one_ending_at_a_time(learned, examples):
     tokenizer = get_tokenizer(learned)
-    result = check_harness_against_naive(gpt(512, 512), tokenizer, with_parts(examples))
-    assert result != hellaswag.evaluate(gpt(512, 512), tokenizer, with_parts(examples))
-    cut = check_harness_against_naive(gpt(64, 512), tokenizer, with_parts(examples))
+    result = check_harness_against_naive(gpt(512, 512), tokenizer, make.official_rows(examples))
+    assert result != hellaswag.evaluate(gpt(512, 512), tokenizer, make.official_rows(examples))
+    cut = check_harness_against_naive(gpt(64, 512), tokenizer, make.official_rows(examples))
     assert cut["endings_cut"] > result["endings_cut"] == 0
 
 
 def test_harness_protocol_on_real_examples(real_data, gpt2_tokenizer):
-    """That no token reaches over the context's end is a property of GPT-2's pattern: all of the sample."""
+    """No token spans the end of the context, thanks to GPT-2's pattern: true for the whole sample."""
     examples = list(hellaswag.iterate_examples(real_data / "hellaswag_val_sample.jsonl"))
     capitalised = 0
     for example in examples:
@@ -164,12 +145,12 @@ def test_harness_protocol_on_real_examples(real_data, gpt2_tokenizer):
         for ending, ids in zip(endings, rendered):
             assert gpt2_tokenizer.encode_ordinary(f"{query} {ending}") == context + ids
         capitalised += not query.endswith(example["ctx"]) and query.lower().endswith(example["ctx"].lower())
-    assert capitalised == 649  # all that do not end as a sentence
+    assert capitalised == 649  # all contexts that do not end like a sentence
     check_harness_against_naive(gpt(128, 50257), gpt2_tokenizer, examples[:1] + examples[-4:])
 
 
 def made_up(*right):
-    """Examples and a result of which acc_norm is right where `right` says so, and acc everywhere."""
+    """Examples and a result: acc_norm is right where `right` says so, acc is right everywhere."""
     examples = [{"label": i % 4, "activity_label": "archery" if i % 2 else "bowling", "split": "val"}
                 for i in range(len(right))]
     result = {"predictions": [e["label"] for e in examples],
@@ -178,25 +159,25 @@ def made_up(*right):
                       **accuracy.figures(examples, result)}
 
 
-def test_groups_are_the_examples_apart(capsys):
+def test_figures_by_group_are_those_of_its_examples(capsys):
     examples, result = made_up(True, False, True, False, False)
     groups = accuracy.figures_by(examples, result, "activity")
     assert list(groups) == ["bowling", "archery"]  # the largest first
     assert [(g["n"], g["acc"], g["acc_norm"]) for g in groups.values()] == [(3, 1, 2 / 3), (2, 1, 0)]
     assert groups["bowling"]["acc_norm_stderr"] == pytest.approx((2 / 9 / 2) ** 0.5)
     assert list(accuracy.figures_by(examples, result, "split")) == ["val"]
-    examples[0]["split_type"] = "zeroshot"  # the official field comes first
+    examples[0]["split_type"] = "zeroshot"  # the official field takes precedence
     assert list(accuracy.figures_by(examples, result, "split")) == ["val", "zeroshot"]
     accuracy.print_groups([{**result, "groups": groups}], "activity", most=1)
     printed = capsys.readouterr().out
     assert "bowling" in printed and "archery" not in printed and "at most 2 examples: 1 more" in printed
 
 
-def test_mcnemar():
+def test_mcnemar_is_the_exact_test_and_its_approximation():
     assert accuracy.mcnemar(0, 0) == accuracy.mcnemar(4, 4) == 1
     assert accuracy.mcnemar(1, 9) == accuracy.mcnemar(9, 1) == 22 / 1024  # 2 (1 + 10) / 2 ** 10
     assert accuracy.mcnemar(0, 10) == 2 / 1024
-    # of many examples: the normal distribution with half a throw's correction
+    # with many examples: the normal approximation with continuity correction
     assert accuracy.mcnemar(2400, 2600) == pytest.approx(math.erfc(199 / 5000**0.5 / 2**0.5), rel=1e-2)
 
 
@@ -213,43 +194,37 @@ def test_comparison_of_two_results(capsys):
     assert "acc_norm +0.3333" in printed and "p 0.625" in printed and ": 1 2 3 5" in printed
 
 
-def test_contexts_are_read_once_and_only_endings_reach_the_head(learned, examples, monkeypatch):
-    """The work, counted: tokens through the blocks and rows through the head, against the padded way."""
+def test_contexts_are_read_once_and_only_endings_reach_the_head(learned, examples, calls_of):
+    """Counts the tokens through the blocks and the rows through the head."""
     tokenizer, model = get_tokenizer(learned), gpt(512, 512)
-    read, scored = [], []
-    features, token_losses = model.features, model.token_losses
-    monkeypatch.setattr(model, "features", lambda ids, *a: read.append(ids.numel()) or features(ids, *a))
-    monkeypatch.setattr(model, "token_losses", lambda x, t: scored.append(len(x)) or token_losses(x, t))
+    read, scored = calls_of(model, "features"), calls_of(model, "token_losses")
     hellaswag.evaluate(model, tokenizer, examples)
     rendered = [hellaswag.render_example(example, tokenizer) for example in examples]
     endings = sum(len(ending) for _, four in rendered for ending in four)
     shared = sum(len(context) for context, _ in rendered) + endings - 4 * len(examples)
-    assert sum(scored) == endings
-    assert shared <= sum(read) < 1.35 * shared  # padding: rows of like length share a batch
+    assert sum(len(x) for x, _ in scored) == endings
+    tokens = sum(ids.numel() for ids, *_ in read)
+    assert shared <= tokens < 1.35 * shared  # little padding: rows of similar length share a batch
 
 
-def test_command_with_a_checkpoint(tmp_path, examples, learned):
-    import checkpoint
-
-    checkpoint.save(tmp_path / "log" / "ckpt_000000", 0, gpt(64, 512), learned)
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples))
-    command = ["hellaswag.py", "-m", tmp_path / "log", "-d", "cpu", "--data", tmp_path / "data.jsonl"]
-    process = run_script(*command, "--json", tmp_path / "out.json", "--limit", 30)
+def test_the_command_on_a_checkpoint(tmp_path, examples, learned):
+    """On one process and on two ranks the result is the same."""
+    make.small_checkpoint(tmp_path / "log", gpt(64, 512), step=0, tokenizer=learned)
+    data = make.write_jsonl(tmp_path / "data.jsonl", examples)
+    command = ["hellaswag.py", "-m", tmp_path / "log", "-d", "cpu", "--data", data, "--limit", 30]
+    process = run_script(*command, "--json", tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["n"] == 30 and f"acc {result['acc']:.4f}" in process.stdout.splitlines()[-1]
-    run_script("torchrun", 2, *command, "--json", tmp_path / "two.json", "--limit", 30)
+    run_script("torchrun", 2, *command, "--json", tmp_path / "two.json")
     assert json.loads((tmp_path / "two.json").read_text()) == result
 
 
 @pytest.fixture
 def two_models(tmp_path, examples, learned):
-    """A function that runs the command, in this process, on two checkpoints and the official format."""
-    import checkpoint
-
+    """Two log directories, and a function that runs the command in this process on official rows."""
     for name, seed in (("one", 0), ("two", 1)):
-        checkpoint.save(tmp_path / name / "ckpt_000000", 0, gpt(64, 512, seed), learned)
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(e) + "\n" for e in with_parts(examples)))
+        make.small_checkpoint(tmp_path / name, gpt(64, 512, seed), step=0, tokenizer=learned)
+    data = make.write_jsonl(tmp_path / "data.jsonl", make.official_rows(examples))
 
     def run(*flags):
         flags = [*flags, "-d", "cpu", "--data", data, "--json", tmp_path / "out.json"]
@@ -259,8 +234,8 @@ def two_models(tmp_path, examples, learned):
     return tmp_path / "one", tmp_path / "two", run
 
 
-def test_packed_and_rendered_before_the_scores_are_the_same(learned, examples):
-    tokenizer, model = get_tokenizer(learned), with_biases(gpt(64, 512))  # some endings are cut
+def test_a_packed_model_and_prepared_tokens_give_the_same_scores(learned, examples):
+    tokenizer, model = get_tokenizer(learned), make.with_biases(gpt(64, 512))  # some endings are cut
     plain = hellaswag.evaluate(model, tokenizer, examples)
     rendered = hellaswag.render(examples, tokenizer, 64)
     assert hellaswag.evaluate(model, None, examples, rendered=rendered) == plain
@@ -272,22 +247,21 @@ def test_packed_and_rendered_before_the_scores_are_the_same(learned, examples):
 
 
 @pytest.mark.parametrize("faster", [False, True])
-def test_the_command_packs_the_models_where_that_is_faster(two_models, monkeypatch, faster):
+def test_the_command_packs_the_models_where_that_is_faster(two_models, monkeypatch, calls_of, faster):
     one, two, run = two_models
-    packed, pack = [], hellaswag.pack
     monkeypatch.setattr(hellaswag, "onednn_is_faster", lambda: faster)
-    monkeypatch.setattr(hellaswag, "pack", lambda model: packed.append(model) or pack(model))
+    packed = calls_of(hellaswag, "pack")
     plain = run("-m", one)
     assert run("--compare", one, two)["acc"] == plain["acc"]
     assert len(packed) == (3 if faster else 0)
 
 
-def test_command_with_both_protocols(two_models, learned, examples, capsys):
+def test_the_command_prints_both_protocols(two_models, learned, examples, capsys):
     one, _, run = two_models
     result = run("-m", one, "--protocol", "both", "--by", "split", "--show", 2)
     printed = capsys.readouterr().out
     for protocol in hellaswag.PROTOCOLS:
-        expected = hellaswag.evaluate(gpt(64, 512), get_tokenizer(learned), with_parts(examples),
+        expected = hellaswag.evaluate(gpt(64, 512), get_tokenizer(learned), make.official_rows(examples),
                                       protocol=protocol)
         nested = result[protocol]
         assert all(nested[key] == expected[key] for key in ("predictions", "predictions_norm", "endings_cut"))
@@ -300,7 +274,7 @@ def test_command_with_both_protocols(two_models, learned, examples, capsys):
     assert {key: result[key] for key in hellaswag.FIGURES} == {
         key: result["completion"][key] for key in hellaswag.FIGURES}
     assert "loglikelihoods" not in json.dumps(result) and "of all 10,042 validation examples" in printed
-    # a column of twelve characters for each figure, with one choice in it
+    # four columns of twelve characters, each with one choice
     lines = printed.partition("example 1:")[0].rstrip().splitlines()[-4:]
     choices = [result[protocol][f"predictions{suffix}"][0] for protocol in hellaswag.PROTOCOLS
                for suffix in ("", "_norm")]
@@ -310,7 +284,7 @@ def test_command_with_both_protocols(two_models, learned, examples, capsys):
     assert "".join(lines).count(">") == 4 and "".join(lines).count("  * ") == 1
 
 
-def test_command_compares_two_models(two_models, capsys):
+def test_the_command_compares_two_models(two_models, capsys):
     one, two, run = two_models
     alone = run("-m", two)
     assert run("-m", one)["predictions"] != alone["predictions"]
@@ -325,33 +299,36 @@ def test_command_compares_two_models(two_models, capsys):
     assert f"example {differing[0]}:" in printed and printed.count("example ") == 1
 
 
-def test_json_on_the_terminal_is_all_there_is(tmp_path, two_models, capsys):
+def test_with_json_to_stdout_nothing_else_is_printed(tmp_path, two_models, capsys):
     one, _, _ = two_models
     hellaswag.main(hellaswag.parse_args(
         ["-m", str(one), "-d", "cpu", "--data", str(tmp_path / "data.jsonl"), "--limit", "3", "--json", "-"]))
     assert json.loads(capsys.readouterr().out)["n"] == 3
 
 
-def test_command_refusals(tmp_path):
+@pytest.mark.parametrize("content, flags, words", [
+    ("", [], ["data.jsonl", "no examples"]),
+    (None, [], ["data.jsonl"]),
+    ("", ["--json", "/nonexistent/out.json"], ["--json"]),
+    (make.ROW, [], ["nothing", "gpt2-xl"]),
+    # the row has neither an activity_label nor a split
+    (make.ROW, ["--protocol", "both"], ["data.jsonl:1", "--protocol", "activity_label"]),
+    (make.ROW, ["--by", "split"], ["data.jsonl:1", "--by", "split_type"]),
+    (make.ROW, ["--compare", "a", "b"], ["--compare", "-m"]),
+], ids=["empty file", "no file", "json", "model", "protocol", "by", "compare"])
+def test_a_mistake_is_refused(tmp_path, content, flags, words):
     data = tmp_path / "data.jsonl"
-    data.write_text("")
-    command = ["hellaswag.py", "-m", tmp_path / "nothing", "--data"]
-    assert refused(run_script(*command, data, check=False), data, "no examples")
-    assert refused(run_script(*command, tmp_path / "no.jsonl", check=False), "no.jsonl")
-    assert refused(run_script(*command, data, "--json", "/nonexistent/out.json", check=False), "--json")
-    data.write_text(json.dumps({"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": 1}) + "\n")
-    assert refused(run_script(*command, data, check=False), "nothing", "gpt2-xl")
-    # the example has neither an activity_label nor a split
-    for flags, name in ((["--protocol", "both"], "activity_label"), (["--by", "split"], "split_type")):
-        assert refused(run_script(*command, data, *flags, check=False), f"{data}:1", flags[0], name)
-    assert refused(run_script(*command, data, "--compare", "a", "b", check=False), "--compare", "-m")
+    if content is not None:
+        make.write_jsonl(data, [content] if content else [])
+    command = ["hellaswag.py", "-m", tmp_path / "nothing", "--data", data]
+    assert_refused(run_script(*command, *flags, check=False), *words)
 
 
 @pytest.mark.parametrize("flags, word", [
     (["--compare", "a"], "--compare"), (["--compare", "a", "a/"], "--compare"), (["--show", "0"], "--show"),
     (["--protocol", "tokens"], "--protocol"), (["--by", "label"], "--by"), (["--limit", "0"], "--limit"),
 ])
-def test_flags_that_mean_nothing(flags, word, capsys):
+def test_a_wrong_value_of_a_flag_is_refused(flags, word, capsys):
     with pytest.raises(SystemExit) as exit:
         hellaswag.parse_args(flags)
     assert exit.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""play.ipynb: it runs from top to bottom on any model, and is committed as it ran on the demo's.
+"""play.ipynb: it runs from top to bottom on any model; it is committed with its outputs for the demo's model.
 
     python tests/test_notebook.py      # run it on log_demo and write it back with its outputs
 """
@@ -7,29 +7,27 @@ import math
 import os
 import re
 
+import make
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import torch
-from conftest import ROOT
 from nbclient import NotebookClient
-
-import checkpoint
-from model import GPT, GPTConfig
+from runs import ROOT
 
 NOTEBOOK = ROOT / "play.ipynb"
 
 
 def execute(model, folder):
-    """The notebook with its outputs, run in `folder` on the model that `-m` of sample.py would name."""
+    """Run the notebook in `folder` on a model, named as for -m of sample.py; return it with its outputs."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     env = {**os.environ, "MODEL": str(model), "PYTHONPATH": str(ROOT),
            "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    # without times, and what is printed in one piece: the same run writes the same file
+    # without times, and with printed text in one piece, the same run writes the same file
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False,
                             coalesce_streams=True, resources={"metadata": {"path": str(folder)}})
     client.execute(env=env)
-    notebook.metadata.language_info = {"name": "python"}  # not the version of the one who ran it
+    notebook.metadata.language_info = {"name": "python"}  # without the version
     return notebook
 
 
@@ -38,23 +36,23 @@ def code_cells(notebook):
 
 
 def printed(notebook):
-    """What each code cell has printed, by the cell's id."""
+    """The printed text of each code cell: {cell id: text}."""
     return {cell.id: "".join(output.get("text", "") for output in cell.outputs)
             for cell in code_cells(notebook)}
 
 
 def kinds(notebook):
-    """What each code cell has put out, text or picture, without its content."""
+    """The kinds of output of each code cell, text or picture: {cell id: kinds}."""
     return {cell.id: [output.get("name") or sorted(output.data) for output in cell.outputs]
             for cell in code_cells(notebook)}
 
 
-def test_it_runs_on_a_run_and_makes_the_outputs_that_are_committed(whole, tmp_path, monkeypatch):
-    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):  # not a person's own settings
+def test_the_notebook_has_the_committed_kinds_of_output_on_a_run(whole, tmp_path, monkeypatch):
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):  # not the user's own settings
         monkeypatch.setenv(name, str(tmp_path / name))
     folder = tmp_path / "folder"
     folder.mkdir()
-    notebook = execute(whole[0], folder)
+    notebook = execute(whole.log_dir, folder)
     text = printed(notebook)
     assert kinds(notebook) == kinds(nbformat.read(NOTEBOOK, as_version=4))
     assert sum("the same as the module's" in line for line in "".join(text.values()).splitlines()) == 5
@@ -67,14 +65,12 @@ def test_it_runs_on_a_run_and_makes_the_outputs_that_are_committed(whole, tmp_pa
 
 
 @pytest.mark.filterwarnings("error:__array", "ignore:FigureCanvasAgg is non-interactive")
-def test_it_runs_on_a_model_of_another_shape_without_a_log(learned, tmp_path, monkeypatch, capsys):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(16, 640, n_layer=1, n_head=1, n_embd=16, bias=False))  # its vocabulary is padded
-    checkpoint.save(tmp_path / "ckpt_000003", 3, model, learned)
-    monkeypatch.setenv("MODEL", str(tmp_path / "ckpt_000003"))
+def test_the_notebook_runs_on_a_model_of_another_shape_without_a_log(learned, tmp_path, monkeypatch, capsys):
+    model = make.small_gpt(16, 640, n_layer=1, n_head=1, bias=False)  # with a padded vocabulary
+    monkeypatch.setenv("MODEL", str(make.small_checkpoint(tmp_path, model, tokenizer=learned)))
     plt.switch_backend("agg")
     namespace = {}
-    # no kernel, which takes seconds to import torch; both contexts give back what the notebook sets
+    # without a kernel, which takes seconds to import torch; both contexts restore what the notebook sets
     with torch.no_grad(), plt.rc_context():
         for cell in code_cells(nbformat.read(NOTEBOOK, as_version=4)):
             exec(cell.source, namespace)
@@ -82,7 +78,7 @@ def test_it_runs_on_a_model_of_another_shape_without_a_log(learned, tmp_path, mo
     assert "has no log.txt: the rest of this part is skipped" in capsys.readouterr().out
 
 
-def test_it_is_committed_as_it_ran():
+def test_the_notebook_is_committed_as_it_ran():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     assert [cell.execution_count for cell in code_cells(notebook)] == [

@@ -7,7 +7,7 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
-from conftest import refused, run_script
+from runs import assert_refused, run_script
 
 import plot
 from files import UserError
@@ -237,9 +237,9 @@ def test_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plot.main(plot.parse_args([str(one), str(two)]))
     assert (tmp_path / "curves.png").exists()
-    assert refused(run_script("plot.py", one, "--out", "curves.pdf", check=False), "curves.pdf", ".svg")
-    assert refused(run_script("plot.py", *[one] * 8, check=False), "8 runs")
-    assert refused(run_script("plot.py", tmp_path / "none", check=False), tmp_path / "none", "log.txt")
+    assert_refused(run_script("plot.py", one, "--out", "curves.pdf", check=False), "curves.pdf", ".svg")
+    assert_refused(run_script("plot.py", *[one] * 8, check=False), "8 runs")
+    assert_refused(run_script("plot.py", tmp_path / "none", check=False), tmp_path / "none", "log.txt")
 
 
 def test_it_needs_no_torch_and_says_what_it_needs(tmp_path, monkeypatch):

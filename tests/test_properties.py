@@ -19,9 +19,9 @@ import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from runs import TINY
 
 import checkpoint
 import demo

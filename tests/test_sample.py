@@ -9,28 +9,20 @@ import time
 import types
 import weakref
 
+import make
 import pytest
 import torch
-from conftest import ROOT, refused, run_script, with_biases
+from runs import ROOT, assert_refused, run_script, sources
 
 import checkpoint
 import sample
-from model import GPT, GPTConfig
 from packed import pack
 from tokenizer import get_tokenizer
 
 
-@pytest.fixture(scope="module")
-def log_dir(tmp_path_factory, learned):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("log")
-    checkpoint.save(path / "ckpt_000003", 3, GPT(GPTConfig(32, 512, n_layer=1, n_head=2, n_embd=16)), learned)
-    return path
-
-
-def test_samples(log_dir, tmp_path):
+def test_samples_follow_the_prompt_and_the_seed(small_run, tmp_path):
     (tmp_path / "prompt.txt").write_text("The quick\nbrown fox")
-    command = ["sample.py", "-m", log_dir, "-d", "cpu", "--max_new_tokens", 50]
+    command = ["sample.py", "-m", small_run, "-d", "cpu", "--max_new_tokens", 50]
     first = run_script(*command, "-p", f"@{tmp_path}/prompt.txt", "-n", 3).stdout
     assert first.count("The quick\nbrown fox") == 3 and first.count("-" * 40) == 2
     assert run_script(*command, "-p", f"@{tmp_path}/prompt.txt", "-n", 3).stdout == first  # the seed is fixed
@@ -39,23 +31,22 @@ def test_samples(log_dir, tmp_path):
     assert "the model reads the last 32" in long.stderr and long.stdout.startswith("word word")
 
 
-def test_int8_from_the_command_line(log_dir):
-    command = ["sample.py", "-m", log_dir, "-d", "cpu", "-p", "The", "--max_new_tokens", 20, "--int8"]
+def test_int8_samples_are_reproducible(small_run):
+    command = ["sample.py", "-m", small_run, "-d", "cpu", "-p", "The", "--max_new_tokens", 20, "--int8"]
     assert run_script(*command).stdout == run_script(*command).stdout != "The\n"
 
 
-def small_gpt():
-    torch.manual_seed(0)
-    return with_biases(GPT(GPTConfig(64, 512, n_layer=2, n_head=4, n_embd=64))).eval()
+def gpt():
+    return make.with_biases(make.small_gpt(64, n_head=4, n_embd=64))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2, 8, 33])
-def test_packed_it_writes_the_same_tokens_and_calls_no_module_in_a_layer(rows, monkeypatch):
-    model, idx = small_gpt(), torch.randint(512, (rows, 5))
+def test_a_packed_model_writes_the_same_tokens_and_calls_no_module_in_a_layer(rows, monkeypatch):
+    model, idx = gpt(), torch.randint(512, (rows, 5))
     plain, logits = model.generate(idx, 40, temperature=0), model(idx)[0]
-    products, product = [], torch.ops.mkldnn._linear_pointwise
-    counted = types.SimpleNamespace(default=lambda *args: products.append(args) or product(*args))
+    matmuls, matmul = [], torch.ops.mkldnn._linear_pointwise
+    counted = types.SimpleNamespace(default=lambda *args: matmuls.append(args) or matmul(*args))
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
     unpacked = [weakref.ref(p) for p in model.parameters() if p.dim() == 2]
     held, reorder = [], torch.ops.mkldnn._reorder_linear_weight
@@ -67,11 +58,11 @@ def test_packed_it_writes_the_same_tokens_and_calls_no_module_in_a_layer(rows, m
     assert torch.equal(model.generate(idx, 40, temperature=0), plain)
     assert {type(module) for module in called} == {torch.nn.Embedding} and len(called) == 2 * 40
     if torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported():
-        assert len(products) == 9 * 40  # every linear layer of every token
-        read = [x.numel() // x.size(-1) for x, *_ in products]  # the prompt once, then a token at a time;
-        assert read == [5 * rows] * 8 + [rows] * (1 + 9 * 39)  # the head reads the last one's alone
-        assert all(weight.is_mkldnn for _, weight, *_ in products)  # packed
-        assert held[0] == 10 and held[-1] == 4  # in the end the embeddings and a last pair: no second model
+        assert len(matmuls) == 9 * 40  # each linear layer for each token
+        read = [x.numel() // x.size(-1) for x, *_ in matmuls]  # the prompt once, then a token at a time;
+        assert read == [5 * rows] * 8 + [rows] * (1 + 9 * 39)  # the head reads the last token only
+        assert all(weight.is_mkldnn for _, weight, *_ in matmuls)  # packed
+        assert held[0] == 10 and held[-1] == 4  # at the end the embeddings and the last pair: no second model
     torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=1e-5)
     with pytest.raises(AssertionError, match="packed already"):
         pack(model)
@@ -79,9 +70,8 @@ def test_packed_it_writes_the_same_tokens_and_calls_no_module_in_a_layer(rows, m
 
 @torch.no_grad()
 @pytest.mark.parametrize("int8", [False, True])
-def test_packed_without_biases_and_from_training_it_is_in_eval_mode(int8):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(64, 512, n_layer=2, n_head=4, n_embd=64, dropout=0.5, bias=False)).train()
+def test_a_packed_model_without_biases_is_in_eval_mode(int8):
+    model = make.small_gpt(64, n_head=4, n_embd=64, dropout=0.5, bias=False).train()
     idx = torch.randint(512, (2, 60))
     pack(model, int8)
     assert torch.equal(model(idx)[0], model(idx)[0])
@@ -89,7 +79,7 @@ def test_packed_without_biases_and_from_training_it_is_in_eval_mode(int8):
 
 @torch.no_grad()
 def test_int8_weights_are_close_and_a_quarter_of_the_bytes(monkeypatch):
-    model, idx = small_gpt(), torch.randint(512, (2, 60))
+    model, idx = gpt(), torch.randint(512, (2, 60))
     logits, layers = model(idx)[0], [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     prepacked, prepack = [], torch.ops.quantized.linear_prepack
     monkeypatch.setattr(torch.ops.quantized, "linear_prepack",
@@ -101,13 +91,13 @@ def test_int8_weights_are_close_and_a_quarter_of_the_bytes(monkeypatch):
         original = next(layer.weight for layer in layers if layer.weight.shape == weight.shape
                         and torch.allclose(layer.weight, weight.dequantize(), atol=1e-2))
         error = (weight.dequantize() - original).abs()
-        assert (error <= original.abs().amax(dim=1, keepdim=True) / 127 * 0.51).all()  # half of a step
-    assert 0 < (model(idx)[0] - logits).std() < 0.03 * logits.std()  # 0: they would not be what is used
+        assert (error <= original.abs().amax(dim=1, keepdim=True) / 127 * 0.51).all()  # half a step
+    assert 0 < (model(idx)[0] - logits).std() < 0.03 * logits.std()  # 0 would mean that they are not used
 
 
-def test_streams_as_it_generates(log_dir, capsys, monkeypatch):
-    """When the model is asked for the next token, the one before has been printed."""
-    model, tokenizer = checkpoint.load_model_and_tokenizer(log_dir)
+def test_streams_as_it_generates(small_run, capsys, monkeypatch):
+    """Each token is printed before the model computes the next one."""
+    model, tokenizer = checkpoint.load_model_and_tokenizer(small_run)
     printed = []
     stream = model.stream
 
@@ -121,17 +111,17 @@ def test_streams_as_it_generates(log_dir, capsys, monkeypatch):
     assert printed[0].startswith("The") and len(printed) == 20 and sum(map(bool, printed)) > 10
 
 
-def test_stops_at_end_of_text_and_decodes_split_characters(log_dir, capsys):
-    model, tokenizer = checkpoint.load_model_and_tokenizer(log_dir)
+def test_stops_at_end_of_text_and_decodes_split_characters(small_run, capsys):
+    model, tokenizer = checkpoint.load_model_and_tokenizer(small_run)
     ids = [*tokenizer.encode("é🙂"), tokenizer.eot_token, *tokenizer.encode("beyond")]
     model.stream = lambda idx, n, **_: iter(torch.tensor(ids).view(-1, 1, 1).repeat(1, len(idx), 1))
     sample.print_samples(model, tokenizer, "<", 2, 9)
     assert capsys.readouterr().out == "<é🙂\n" + "-" * 40 + "\n<é🙂\n"
 
 
-def test_prompts_are_typed_on_a_terminal_when_none_is_given(log_dir):
+def test_prompts_are_typed_on_a_terminal_when_none_is_given(small_run):
     terminal, stdin = pty.openpty()
-    command = [sys.executable, "sample.py", "-m", log_dir, "-d", "cpu", "--max_new_tokens", "5"]
+    command = [sys.executable, "sample.py", "-m", small_run, "-d", "cpu", "--max_new_tokens", "5"]
     process = subprocess.Popen(command, cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, text=True)
     os.write(terminal, b"The first\nThe second\n\n")  # the empty line ends it
     out, _ = process.communicate(timeout=60)
@@ -139,10 +129,10 @@ def test_prompts_are_typed_on_a_terminal_when_none_is_given(log_dir):
     assert out.index("prompt> The first") < out.index("prompt> The second")
 
 
-def test_a_session_on_a_terminal(log_dir):
-    """Settings by /commands, a text stopped by Ctrl-C, the prompt before brought back by an arrow key."""
+def test_a_session_on_a_terminal(small_run):
+    """Settings by /commands, a text stopped by Ctrl-C, an earlier prompt recalled by the arrow keys."""
     terminal, theirs = pty.openpty()
-    command = [sys.executable, "sample.py", "-m", log_dir, "-d", "cpu", "--max_new_tokens", "8"]
+    command = [sys.executable, "sample.py", "-m", small_run, "-d", "cpu", "--max_new_tokens", "8"]
     env = {**os.environ, "TERM": "vt100"}
     process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
 
@@ -163,7 +153,7 @@ def test_a_session_on_a_terminal(log_dir):
     assert first != other and "/seed" in answer(b"/seed 1337\n")
     assert first == answer(b"The first\n")
     answer(b"/seed 1337\n")
-    again = answer(b"\x1b[A\x1b[A\n")  # up, up: the prompt before
+    again = answer(b"\x1b[A\x1b[A\n")  # twice up: the earlier prompt
     assert again.partition("\n")[2] == first.partition("\n")[2]
     assert "max_new_tokens 1000000" in answer(b"/tokens 1000000\n")  # at 2 ms a token
     assert "temperature 0.0" in answer(b"/temp 0\n")
@@ -189,13 +179,13 @@ def test_an_empty_prompt_starts_a_document(learned):
     (["-n", "0"], ["-n"]), (["--max_new_tokens", "x"], ["--max_new_tokens"]),
     (["-m", "nowhere"], ["nowhere", "gpt2"]),
 ])
-def test_refusals(log_dir, flags, words):
-    assert refused(run_script("sample.py", "-m", log_dir, *flags, check=False), *words)
+def test_a_wrong_value_of_a_flag_is_refused(small_run, flags, words):
+    assert_refused(run_script("sample.py", "-m", small_run, *flags, check=False), *words)
 
 
 def test_gpt2_without_network_is_one_line(tmp_path):
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    assert refused(run_script("sample.py", "-m", "gpt2", "-p", "x", check=False, env=env), "gpt2", "network")
+    assert_refused(run_script("sample.py", "-m", "gpt2", "-p", "x", check=False, env=env), "gpt2", "network")
 
 
 @pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb_edu.py", "hellaswag.py", "sample.py",
@@ -206,11 +196,11 @@ def test_help_and_wrong_flags_answer_before_torch_is_imported(script):
     imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
     assert "argparse" in imported and not {"torch", "numpy", "transformers"} & imported
     part = {"bench.py": ["all"], "checkpoint.py": ["list", "log"]}.get(script, [])
-    assert refused(run_script(script, *part, "--no_such_flag", check=False), "--no_such_flag")
+    assert_refused(run_script(script, *part, "--no_such_flag", check=False), "--no_such_flag")
 
 
 def test_importing_does_nothing(tmp_path):
-    names = [path.stem for path in ROOT.glob("*.py")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources()]
     code = (
         "import os, sys, random, torch\n"
         "state = lambda: (dict(os.environ), os.listdir('.'), random.getstate(),\n"
@@ -227,5 +217,5 @@ def test_importing_does_nothing(tmp_path):
 
 
 def test_importing_the_model_imports_no_compiler():
-    code = "import sys, model; sys.exit('torch._dynamo' in sys.modules)"  # it takes longer than all the rest
+    code = "import sys, model; sys.exit('torch._dynamo' in sys.modules)"  # it takes longer than the rest
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,4 +1,4 @@
-"""Ratios of the 124M on this machine, both arms in one run, in turn.
+"""Speed ratios with the 124M on this machine: two ways to do the same work, in turn.
 
 `python -m pytest -m slow -s` prints them.
 """
@@ -6,20 +6,19 @@
 import statistics
 import time
 
+import make
 import pytest
 import torch
 from test_hellaswag import argmin, naive_scores
 
 import hellaswag
-from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def gpt2_124M():
-    torch.manual_seed(0)
-    return GPT(GPTConfig(vocab_size=50257)).eval()
+    return make.small_gpt(1024, 50257, n_layer=12, n_head=12, n_embd=768)
 
 
 def seconds(function, *args):
@@ -29,7 +28,7 @@ def seconds(function, *args):
 
 
 def in_turn(ours, theirs, rounds):
-    """Both arms A B A B ...: medians, and the median of the ratios theirs / ours."""
+    """Time both in turn and print the medians; return the median of the ratios theirs / ours."""
     pairs = [(seconds(ours)[0], seconds(theirs)[0]) for _ in range(rounds)]
     ratios = [b / a for a, b in pairs]
     a, b = (statistics.median(times) for times in zip(*pairs))
@@ -48,7 +47,7 @@ def test_hellaswag_against_one_example_at_a_time(gpt2_124M, real_data, gpt2_toke
         fast.extend(zip(result["predictions"], result["predictions_norm"]))
 
     def one_at_a_time():
-        """Four padded rows for each example and all of their logits, as the tutorials do it."""
+        """Four padded rows and all their logits for each example, as tutorials do it."""
         for example in next(parts):
             slow.append(padded_predictions(gpt2_124M, gpt2_tokenizer, example))
 

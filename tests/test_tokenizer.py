@@ -2,7 +2,7 @@
 
 import pytest
 import tokenizers
-from conftest import refused, run_script
+from runs import assert_refused, run_script
 
 from files import UserError
 from tokenizer import get_tokenizer, train
@@ -63,4 +63,4 @@ def test_without_network_and_cache_one_line_says_what_to_do(tmp_path):
     }
     process = run_script("fineweb_edu.py", "--input", tmp_path / "text.txt", "--data_dir", tmp_path / "out",
                          check=False, env=nowhere)
-    assert refused(process, "TIKTOKEN_CACHE_DIR", "vocab.bpe", "encoder.json")
+    assert_refused(process, "TIKTOKEN_CACHE_DIR", "vocab.bpe", "encoder.json")

@@ -1,13 +1,12 @@
-"""The figures of runs in wandb, trackio and TensorBoard, read back from what each stores. No network."""
+"""The figures of runs in wandb, trackio and TensorBoard, read back from the files of each. No network."""
 
 import json
 import os
-import signal
 import struct
 import sys
 
 import pytest
-from conftest import ROOT, flags_of, read_log, refused, run_script, start_script, train
+from runs import ROOT, assert_refused, flags_of, read_log, run_script, run_until_killed, train
 
 import tracking
 from files import UserError
@@ -15,7 +14,7 @@ from files import UserError
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
-    """What a run puts into the environment for the packages doesn't reach the next test."""
+    """Variables that a run sets for the packages do not reach the next test."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
@@ -37,13 +36,13 @@ assert run.config["n_layer"] == 2 and run.config["parameters"] > 0
 print(json.dumps(storage.SQLiteStorage.get_logs("gpt2", run.name, run_id=run.id)))
 """
     rows = json.loads(run_script("-c", script, env={"TRACKIO_DIR": str(log_dir / "trackio")}).stdout)
-    assert len({row["step"] for row in rows}) == len(rows)  # a row a step
+    assert len({row["step"] for row in rows}) == len(rows)  # one row a step
     return [(row["step"], stream, value) for row in rows for stream, value in row.items()
             if stream not in ("step", "timestamp")]
 
 
 def wandb_records(log_dir):
-    """The records of the one offline run: LevelDB's log format behind a header of seven bytes."""
+    """The records of the only offline run: LevelDB's log format after a header of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     path, = (log_dir / "wandb").glob("offline-run-*/run-*.wandb")
@@ -75,22 +74,17 @@ FIGURES = {"tensorboard": tensorboard_figures, "trackio": trackio_figures, "wand
 
 
 @pytest.mark.parametrize("kind", FIGURES)
-def test_each_figure_once_after_two_kills(shards, whole, tmp_path, kind):
-    """Killed in step 6 and, resumed from step 4, in step 7: steps 4, 5 and 6 are trained more than once."""
+def test_each_figure_is_tracked_once_after_two_kills(shards, whole, tmp_path, kind):
+    """Killed in step 6, then, resumed from step 4, in step 7: steps 4, 5 and 6 are trained more than once."""
     flags, before = flags_of(shards, tmp_path / "log", "--track", kind), set(os.listdir(ROOT))
     os.environ.update(HOME=str(tmp_path / "home"), WANDB_MODE="offline", WANDB_PROJECT="mine")
     (tmp_path / "home").mkdir()
-    # behind a second, when trackio's thread has written what came before
-    fault = "import time; at(script, 'get_lr', 7, lambda: time.sleep(1) or kill())"
-    process = start_script("train_gpt2.py", *flags, fault=fault)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    process = start_script("train_gpt2.py", *flags, "--resume", fault="at(script, 'get_lr', 4, kill)")
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    # after a second, in which trackio's thread writes the steps before
+    run_until_killed("train_gpt2.py", *flags, fault="at_step(6, lambda: kill(after=1))")
+    run_until_killed("train_gpt2.py", *flags, "--resume", fault="at_step(7, kill)")
     run_script("train_gpt2.py", *flags, "--resume")
     log = read_log(tmp_path / "log")
-    assert log == whole[1]  # tracking changes none
+    assert log == whole.log  # tracking changes no figure
     tracked = FIGURES[kind](tmp_path / "log")
     figures = {(step, stream): value for step, stream, value in tracked}
     assert len(figures) == len(tracked)
@@ -103,16 +97,15 @@ def test_each_figure_once_after_two_kills(shards, whole, tmp_path, kind):
 
 @pytest.mark.parametrize("kind, package", [("wandb", "wandb"), ("trackio", "trackio"),
                                            ("tensorboard", "torch.utils.tensorboard")])
-def test_a_missing_package(tmp_path, monkeypatch, kind, package):
-    """Said before the data is looked at: there is none."""
+def test_a_missing_package_is_refused_before_the_data_is_read(tmp_path, monkeypatch, kind, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"--track {kind}: .*; pip install {kind}"):
         train(tmp_path / "none", tmp_path / "log", "--track", kind)
     assert not (tmp_path / "log").exists()
 
 
-def test_a_directory_is_no_package(tmp_path, monkeypatch):
-    """wandb leaves a directory of its own name where scripts are run."""
+def test_a_directory_is_not_taken_for_a_package(tmp_path, monkeypatch):
+    """wandb makes a directory called wandb where a script runs."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -121,22 +114,22 @@ def test_a_directory_is_no_package(tmp_path, monkeypatch):
     sys.modules.pop("wandb", None)
 
 
-def test_wandb_without_an_account(tmp_path):
+def test_wandb_without_an_account_is_refused(tmp_path):
     os.environ.update(HOME=str(tmp_path))
     for variable in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[variable]
     flags = flags_of(tmp_path / "none", tmp_path / "log", "--track", "wandb")
-    assert refused(run_script("train_gpt2.py", *flags, check=False), "--track wandb", "WANDB_MODE=offline")
+    assert_refused(run_script("train_gpt2.py", *flags, check=False), "--track wandb", "WANDB_MODE=offline")
 
 
 @pytest.fixture
 def tracked(monkeypatch):
-    """What a tracker is sent that stands in for TensorBoard; `faults` names what raises."""
+    """What a stand-in for TensorBoard receives; `failing` names the calls that raise."""
     class Tracked(list):
-        faults, first = (), 0
+        failing, first = (), 0
 
         def fault(self, name, *args):
-            if name in self.faults:
+            if name in self.failing:
                 raise OSError(f"no {name}\nat all")
 
         def start(self, *args):
@@ -156,34 +149,24 @@ def tracked(monkeypatch):
     return tracked
 
 
-@pytest.mark.parametrize("faults", [["start"], ["send"], ["finish"], ["send", "finish"]])
-def test_a_tracker_that_fails(shards, whole, tmp_path, capsys, tracked, faults):
-    tracked.faults = faults
-    assert train(shards, tmp_path / "log", "--track", "tensorboard") == whole[1]
+@pytest.mark.parametrize("failing", [["start"], ["send"], ["finish"], ["send", "finish"]])
+def test_a_tracker_that_fails_does_not_change_the_run(shards, whole, tmp_path, capsys, tracked, failing):
+    tracked.failing = failing
+    assert train(shards, tmp_path / "log", "--track", "tensorboard") == whole.log
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--track tensorboard")]
-    assert len(said) == 1 and said[0].endswith(f"no {faults[0]}")
+    assert len(said) == 1 and said[0].endswith(f"no {failing[0]}")
 
 
-def test_a_step_that_was_cut_off_is_sent_once_it_is_whole(shards, tmp_path, monkeypatch, tracked):
-    """Stopped behind the validation of step 4, the run validates again: a tracker must not get half."""
-    import train_gpt2
-
-    steps, real = [], train_gpt2.DataLoaderLite.next_batch
-
-    def next_batch(loader):
-        steps.append(loader)
-        if len(steps) == 9:  # two a step: the first one of step 4
-            signal.raise_signal(signal.SIGTERM)
-        return real(loader)
-
-    monkeypatch.setattr(train_gpt2.DataLoaderLite, "next_batch", next_batch)
-    with pytest.raises(SystemExit):
+def test_an_interrupted_step_is_tracked_only_once_it_is_complete(shards, tmp_path, tracked, faults):
+    """Stopped after the validation of step 4, the run validates again: a tracker must not get half a step."""
+    with faults.put_in(), pytest.raises(SystemExit):
+        faults.in_micro_batch(8, faults.stop)  # two a step: the first one of step 4
         train(shards, tmp_path / "log", "--track", "tensorboard")
     step = "train", "norm", "lr", "tok/s"
     validated = "val", "val_bpb", *step
     assert tracked == [(0, *validated), (1, *step), (2, *step), (3, *step), "failed"]
     tracked.clear()
-    tracked.first = 3  # as one that remembers what it has
+    tracked.first = 3  # like a tracker that knows what it has
     train(shards, tmp_path / "log", "--track", "tensorboard", "--resume")
     assert tracked == [(3, *step), (4, *validated), (5, *step), (6, *step), (7, *step), (8, *validated),
                        (9, *step), (10, *step), (11, *step), (12, "val", "val_bpb"), "finished"]

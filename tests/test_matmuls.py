@@ -1,10 +1,10 @@
-"""Who multiplies the CPU's matrices: oneDNN where it is faster, in fp32 all the same."""
+"""fp32 matmuls on the CPU: by oneDNN where it is faster, and still in fp32."""
 
+import make
 import pytest
 import torch
 
 import train_gpt2
-from model import GPT, GPTConfig
 from packed import onednn_is_faster
 
 only_where_faster = pytest.mark.skipif(not onednn_is_faster(), reason="MKL is as fast on this processor")
@@ -12,7 +12,7 @@ only_where_faster = pytest.mark.skipif(not onednn_is_faster(), reason="MKL is as
 
 @pytest.fixture
 def precision():
-    """A function that says what is set; in the end it is again what it was."""
+    """A function that returns the matmul precision, which is restored at the end."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield torch.get_float32_matmul_precision
@@ -20,8 +20,7 @@ def precision():
 
 
 def gpt():
-    torch.manual_seed(0)
-    return GPT(GPTConfig(64, 1024, n_layer=2, n_head=2, n_embd=128))
+    return make.small_gpt(64, 1024, n_embd=128).train()
 
 
 def step(model):
@@ -33,7 +32,7 @@ def step(model):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-def test_a_step_is_the_same_whoever_multiplies(precision):
+def test_onednn_gives_the_same_training_step(precision):
     model = gpt()
     plain = step(model)
     train_gpt2.tune_products()
@@ -43,33 +42,33 @@ def test_a_step_is_the_same_whoever_multiplies(precision):
 
 @only_where_faster
 @pytest.mark.parametrize("rows, fan_in, fan_out", [(1024, 768, 2304), (1024, 3072, 768), (512, 768, 50304)])
-def test_products_at_the_models_shapes_stay_fp32(precision, rows, fan_in, fan_out):
+def test_matmuls_of_the_models_shapes_stay_fp32(precision, rows, fan_in, fan_out):
     train_gpt2.tune_products()
     assert precision() == "medium"
     x, w, g = torch.randn(rows, fan_in), torch.randn(fan_out, fan_in), torch.randn(rows, fan_out)
     for a, b in ((x, w.t()), (w.t(), g.t()), (g.t(), x)):
-        a, b = (part[:64] if part is a else part[:, :64] for part in (a, b))  # float64 takes its time
+        a, b = (part[:64] if part is a else part[:, :64] for part in (a, b))  # float64 is slow
         exact = a.double() @ b.double()
-        # rounding by 2**-24 at each of as many additions; inputs as bf16 are off by 2**-9
+        # fp32 rounds each addition by 2**-24; bf16 inputs would be off by 2**-9
         assert (a @ b - exact).norm() < 2**-18 * exact.norm()
 
 
 @only_where_faster
-def test_a_step_asks_onednn_for_each_product_once(precision, capfd):
-    """The work, counted: no product is left to MKL, none is done twice."""
+def test_a_step_asks_onednn_for_each_matmul_once(precision, capfd):
+    """MKL does none of them, and none is done twice."""
     model = gpt()
     train_gpt2.tune_products()
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
         step(model)
     lines = [line.split(",") for line in capfd.readouterr().out.splitlines() if ",exec,cpu,matmul," in line]
-    # A x B as 512x128:128x384; attention's small products have 64 rows at most
+    # A x B as 512x128:128x384; attention's small matmuls have at most 64 rows
     shapes = [line[-2] for line in lines if "512" in line[-2]]
-    assert len(shapes) == 3 * (4 * 2 + 1), shapes  # forward, dX and dW of each linear layer and the head
+    assert len(shapes) == 3 * (4 * 2 + 1), shapes  # forward, dX and dW of nine layers
 
 
 @pytest.mark.parametrize("faster, exact, expected", [
     (False, True, "highest"), (True, True, "medium"), (True, False, "highest")])
-def test_what_may_not_stay_fp32_is_left_alone(precision, monkeypatch, faster, exact, expected):
+def test_onednn_is_used_only_where_it_is_faster_and_exact(precision, monkeypatch, faster, exact, expected):
     monkeypatch.setattr(train_gpt2, "onednn_is_faster", lambda: faster)
     monkeypatch.setattr(torch, "equal", lambda a, b: exact)
     train_gpt2.tune_products()
@@ -78,7 +77,7 @@ def test_what_may_not_stay_fp32_is_left_alone(precision, monkeypatch, faster, ex
 
 @pytest.mark.parametrize("bf16, amx, expected", [
     (True, False, True), (True, True, False), (False, False, False)])
-def test_it_is_faster_on_amd_alone(monkeypatch, bf16, amx, expected):
+def test_onednn_is_faster_on_amd_only(monkeypatch, bf16, amx, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert onednn_is_faster() is expected

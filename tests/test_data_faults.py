@@ -1,0 +1,274 @@
+"""Faults in the data: damaged shards and HellaSwag files, killed preparations, servers that are busy or lie.
+
+The README's table lists them.
+"""
+
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import hub
+import make
+import numpy as np
+import pytest
+from runs import assert_refused, kill_all, ranks_of, read_log, run_script, start_script, train
+
+import files
+import fineweb_edu
+import hellaswag
+from files import UserError
+from fineweb_edu import open_shards
+from train_gpt2 import DataLoaderLite
+
+# --------------------------------------------------------------------------------------------------- shards
+
+
+def damage_shards(data, how):
+    """Damage the second train shard of a directory, or add one; return its path."""
+    path = sorted(data.glob("*_train_*.npy"))[1]
+    ids = np.load(path)
+    if how == "odd size":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "another dtype":
+        np.save(path, ids.astype(np.int32))
+    elif how == "replaced":  # by a shard of the same size
+        np.save(path, ids[::-1])
+    elif how == "added":
+        path = Path(shutil.copy(path, data / "data_train_000099.npy"))
+    else:
+        make.damage(path, how)
+    return path
+
+
+@pytest.mark.parametrize("how, words", [
+    ("truncated", "has .* bytes, its manifest says"), ("empty", "0 bytes, its manifest says"),
+    ("odd size", "bytes, its manifest says"), ("another dtype", "bytes, its manifest says"),
+    ("missing", "is missing"), ("added", "not in manifest"),
+    ("replaced", "digest is .*, its manifest says"),
+])
+def test_a_damaged_shard_is_found_before_the_run_starts(shards, tmp_path, how, words):
+    make.copy_shards(shards, tmp_path / "data")
+    path = damage_shards(tmp_path / "data", how)
+    with pytest.raises(UserError, match=f"{path.name}.*{words}"):
+        train(tmp_path / "data", tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("how, words", [
+    ("truncated", "whole"), ("empty", "whole"), ("odd size", "whole"), ("another dtype", "int32"),
+    ("missing", "missing"), ("added", "missing"),
+])
+def test_a_damaged_shard_without_a_manifest_is_refused(shards, tmp_path, how, words):
+    """build-nanogpt writes shards without a manifest."""
+    make.copy_shards(shards, tmp_path / "data", manifest=False)
+    damage_shards(tmp_path / "data", how)
+    with pytest.raises(UserError, match=words):
+        open_shards(tmp_path / "data", "train")
+
+
+def test_shards_are_read_completely_only_once(shards, tmp_path, calls_of):
+    """A run checks their digests when it first uses them, and again when a file has changed."""
+    make.copy_shards(shards, tmp_path / "data")
+    digested = calls_of(fineweb_edu, "digest")
+    names = [shard["file"] for shard in fineweb_edu.read_manifest(tmp_path / "data")["shards"]]
+
+    def read_by_prove():
+        digested.clear()
+        fineweb_edu.prove(tmp_path / "data")
+        return [Path(path).name for path, in digested]
+
+    assert read_by_prove() == names
+    assert read_by_prove() == []
+    (tmp_path / "data" / names[3]).touch()
+    assert read_by_prove() == [names[3]]
+    (tmp_path / "data" / ".proved.json").write_text("[]")
+    assert read_by_prove() == names
+
+
+def test_a_token_beyond_the_vocabulary_is_found_before_it_is_trained_on(shards, tmp_path):
+    make.copy_shards(shards, tmp_path / "data", manifest=False)  # which would vouch for the ids
+    path, tokens, start = DataLoaderLite(4, 32, data_dir=tmp_path / "data").place(3 * 8 + 1)  # of step 3
+    ids = np.array(tokens)
+    ids[start + 5] = 600
+    np.save(path, ids)
+    with pytest.raises(UserError, match=f"{path.name} holds id 600 at {start + 5}, the tokenizer ends at"):
+        train(tmp_path / "data", tmp_path / "log")
+    assert max(read_log(tmp_path / "log"))[0] == 2
+
+
+def test_short_shards_give_each_window_once_an_epoch(tmp_path):
+    """Each epoch has a new order; a shard shorter than a window has none."""
+    make.write_shards(tmp_path, val_000000=range(50), train_000001=range(1000, 2000),
+                      train_000002=range(2000, 2003), train_000003=range(3000, 3777))
+    loader = DataLoaderLite(1, 8, data_dir=tmp_path, seed=5)
+    assert loader.num_windows == 999 // 8 + 776 // 8
+    epochs = [[int(loader.next_batch()[0][0, 0]) for _ in range(loader.num_windows)] for _ in range(3)]
+    starts = [1000 + 8 * i for i in range(999 // 8)] + [3000 + 8 * i for i in range(776 // 8)]
+    assert all(sorted(epoch) == starts for epoch in epochs)
+    assert epochs[0] != starts and epochs[0] != epochs[1] != epochs[2]
+    loader.position = loader.num_windows + 17  # the position is all the state there is
+    assert int(loader.next_batch()[0][0, 0]) == epochs[1][17]
+    val = DataLoaderLite(2, 8, split="val", data_dir=tmp_path)
+    assert [int(row[0]) for _ in range(3) for row in val.next_batch()[0]] == [0, 8, 16, 24, 32, 40]
+
+
+# ---------------------------------------------------------------------------------------------- preparation
+
+
+def test_sigkill_during_preparation_loses_no_finished_shard(tmp_path, texts, learned):
+    inputs = [make.write_parquet(tmp_path / name, texts * 12) for name in ("a.parquet", "b.parquet")]
+    command = ["fineweb_edu.py", "--input", *inputs, "--tokenizer", learned, "--shard_size", 100_000,
+               "--num_proc", 2, "--data_dir"]
+    several_batches = "small_batches(10**6)"
+    run_script(*command, tmp_path / "whole" / "data", fault=several_batches)
+    killed = tmp_path / "killed" / "data"
+    finished = {}
+    for shards in (2, 9):
+        process = start_script(*command, killed, fault=several_batches)
+        while process.poll() is None and len(list(killed.glob("*.npy"))) < shards:
+            time.sleep(0.005)
+        kill_all(process)
+        manifest = json.loads((killed / "manifest.json").read_text())
+        assert not manifest["complete"] and len(manifest["shards"]) >= shards - 1
+        assert manifest["next"][:2] > [0, 0] or shards == 2  # after the first batch
+        with pytest.raises(UserError, match="interrupted"):
+            open_shards(killed, "train")
+        for name, changed in finished.items():  # no finished shard is written again
+            assert (killed / name).stat().st_mtime_ns == changed
+        finished = {
+            shard["file"]: (killed / shard["file"]).stat().st_mtime_ns for shard in manifest["shards"]
+        }
+    other_batches = run_script(*command, killed, check=False)
+    assert_refused(other_batches, str(killed), "another version")
+    (killed / ".data_train_000099.npy.tmp").touch()  # what a kill may leave
+    assert "going on behind" in run_script(*command, killed, fault=several_batches).stdout
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "data").iterdir()}
+    assert {path.name: path.read_bytes() for path in killed.iterdir()} == whole and len(whole) > 15
+
+
+def test_sigkill_of_a_worker_ends_the_preparation_with_the_reason(tmp_path, texts, learned):
+    """The system kills a worker when memory runs out. Only tiktoken has workers."""
+    make.write_jsonl(tmp_path / "a.jsonl", texts * 40)
+    flags = ["--input", tmp_path / "a.jsonl", "--data_dir", tmp_path / "out", "--shard_size", 10_000]
+    process = start_script("fineweb_edu.py", "--tokenizer", learned, "--num_proc", 2, *flags,
+                           fault="small_batches(10**5); without_gigatoken()")
+    while not list((tmp_path / "out").glob("*.npy")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    started = time.monotonic()
+    worker = next(pid for pid in ranks_of(process)
+                  if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(worker, signal.SIGKILL)
+    assert "a worker was killed" in process.communicate()[0]
+    assert process.returncode == 1 and time.monotonic() - started < 20
+
+
+def test_a_second_preparation_of_one_data_directory_is_refused(tmp_path, texts, learned):
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    command = ["fineweb_edu.py", "--input", tmp_path / "a.txt", "--tokenizer", learned, "--data_dir"]
+    with files.locked(tmp_path / "data"):
+        process = run_script(*command, tmp_path / "data", check=False)
+        assert_refused(process, tmp_path / "data", "in use")
+    assert not (tmp_path / "data").exists()  # it was made for the lock only
+    run_script(*command, tmp_path / "data")
+
+
+# ------------------------------------------------------------------------------------ the hub and downloads
+
+
+def test_a_hub_that_is_busy_and_breaks_off_is_asked_again(tmp_path, texts, learned):
+    content = make.write_parquet(tmp_path / "part.parquet", texts).read_bytes()
+    server = hub.serve({"data/train-00000.parquet": content},
+                       faults=["503", "429", "503", "half", "503", "half"])
+    command = ["fineweb_edu.py", "--tokenizer", learned, "--num_proc", 1, "--name", "default", "--data_dir"]
+    settings = dict(env=hub.environment(server, tmp_path), fault="short_pauses(0.1)")
+    process = run_script(*command, tmp_path / "out", **settings)
+    assert server.faults == [] and "once more in 0.1 s" in process.stderr
+    fineweb_edu.verify(tmp_path / "out")
+    # a server that never recovers is one line, and half a download never gets its final name
+    server.faults[:] = ["none"]
+    shutil.rmtree(tmp_path / "cache")
+    process = run_script(*command, tmp_path / "new", check=False, **settings)
+    *retries, last = process.stderr.splitlines()
+    assert process.returncode == 2 and re.match(r"error: hf://.* can't be fetched", last), process.stderr
+    assert len(retries) == 5 and not list((tmp_path / "cache").rglob("*.parquet"))
+    server.shutdown()
+    server.server_close()
+    process = run_script(*command, tmp_path / "other", check=False, **settings)
+    assert process.returncode == 2 and "Without network, --input" in process.stderr.splitlines()[-1]
+    assert not (tmp_path / "other").exists()
+
+
+GOOD = json.dumps(make.ROW)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("<!DOCTYPE html>", "not a HellaSwag example"), (GOOD[:-9], "not a HellaSwag example"),
+    (GOOD.replace('"d"', '"d", "e"'), "four endings"), (GOOD.replace(', "d"', ""), "four endings"),
+    (GOOD.replace("1}", "7}"), "label"), (GOOD.replace("1}", "true}"), "label"),
+    (GOOD.replace("A man", ""), "ctx"),
+], ids=["html", "cut off", "five endings", "three endings", "label 7", "label true", "empty ctx"])
+def test_a_damaged_hellaswag_file_is_refused_with_the_line(tmp_path, line, words):
+    (tmp_path / "data.jsonl").write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    with pytest.raises(UserError, match=f"data.jsonl:2: .*{words}"):
+        list(hellaswag.iterate_examples(tmp_path / "data.jsonl"))
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves a HellaSwag file of three rows under /good, and faults under other names."""
+
+    pages = {
+        "/good": (200, (GOOD + "\n").encode() * 3), "/html": (200, b"<html>busy</html>"),
+        "/short": (200, GOOD.encode()), "/error": (503, GOOD.encode()),
+    }
+
+    def do_GET(self):
+        fault = self.server.faults.pop(0) if self.server.faults else self.path
+        torn = fault == "/torn"
+        status, content = self.pages["/good" if torn else fault]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if torn else content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.faults = []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("page", ["html", "short", "error", "torn"])
+def test_a_damaged_hellaswag_download_leaves_no_file(tmp_path, faults, server, page):
+    faults.short_pauses(0.01, count=2)
+    path = tmp_path / "hellaswag" / "val.jsonl"
+    with pytest.raises(UserError, match=page):
+        hellaswag.download(path, f"{server.url}/{page}", rows=3)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_hellaswag_download_is_tried_again_and_made_once(tmp_path, faults, server):
+    faults.short_pauses(0.01, count=2)
+    path = tmp_path / "hellaswag" / "val.jsonl"
+    server.faults = ["/error", "/torn"]
+    assert hellaswag.download(path, f"{server.url}/good", rows=3) == path and not server.faults
+    assert len(list(hellaswag.iterate_examples(path))) == 3
+    server.shutdown()
+    server.server_close()
+    assert hellaswag.download(path, f"{server.url}/good", rows=3) == path  # no server is asked
+    with pytest.raises(UserError, match="--data"):
+        hellaswag.download(tmp_path / "other.jsonl", f"{server.url}/good", rows=3)

@@ -1,0 +1,460 @@
+"""Faults in training runs: a process is killed, stopped or hangs, a checkpoint is damaged, the disk is full.
+
+Each fault hits a small run, and the test looks at what is left. The README's table lists them.
+`python -m pytest -m slow -k faults` runs the longer forms.
+"""
+
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import make
+import pytest
+from runs import (
+    ENDLESS,
+    ROOT,
+    Run,
+    assert_close,
+    assert_refused,
+    assert_same_end,
+    copy_run,
+    flags_of,
+    kill_all,
+    ranks_of,
+    read_log,
+    run_script,
+    run_until_killed,
+    start_script,
+    train,
+    wait_for_line,
+)
+
+import checkpoint
+import files
+from files import UserError
+from train_gpt2 import DataLoaderLite
+
+
+def starts_of(log_dir):
+    """How often a run was started, by its record."""
+    return len(json.loads((log_dir / "run.json").read_text())["starts"])
+
+
+def names_of(log_dir):
+    """The numbered checkpoints, the newest first."""
+    return [path.name for path in checkpoint.numbered(log_dir)]
+
+
+def assert_finite(model):
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------ killed, stopped, hung
+
+
+LONG = ["--max_steps", 100, "--warmup_steps", 10]
+
+
+@pytest.fixture(scope="module")
+def long_whole(shards, tmp_path_factory):
+    """An uninterrupted run of 100 steps."""
+    log_dir = tmp_path_factory.mktemp("whole") / "log"
+    return Run(log_dir, train(shards, log_dir, *LONG))
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_sigkill_at_a_random_moment(shards, long_whole, tmp_path, moment):
+    process = start_script("train_gpt2.py", *flags_of(shards, tmp_path / "log", *LONG))
+    wait_for_line(process, "tokens a step")
+    time.sleep(random.Random(moment).uniform(0, 0.8))
+    assert "finished" not in kill_all(process)
+    train(shards, tmp_path / "log", *LONG, "--resume")
+    assert_same_end(tmp_path / "log", long_whole)
+    assert starts_of(tmp_path / "log") == 2
+
+
+def twenty_moments():
+    """Faults that kill a run of 60 steps while it compiles, trains, evaluates, saves and deletes."""
+    draw = random.Random(1337)
+
+    def name(most=60):
+        return f"ckpt_{draw.randrange(4, most + 1, 4):06d}"
+
+    files = ["model.safetensors", "optimizer.safetensors", "meta.json", "tokenizer.json"]
+    return [
+        *(f"while_compiling(kill, after={seconds})" for seconds in (0.5, 2, 4)),
+        *(f"at_step({draw.randrange(60)}, kill)" for _ in range(4)),
+        *(f"in_micro_batch({draw.randrange(120)}, kill)" for _ in range(2)),
+        *(f"in_evaluation({draw.randrange(4, 61, 4)}, kill)" for _ in range(2)),
+        *(f'inside_save("{name()}", kill, writing="{file}")' for file in files),
+        f'inside_save("{name()}", kill)',
+        'inside_save("best", kill, after_rename=True)',
+        f'inside_removal("{name(52)}", kill)',
+        *(f'inside_removal("{name(52)}", kill, after_rename=True)' for _ in range(2)),
+    ]
+
+
+@pytest.mark.slow
+def test_sigkill_at_twenty_moments_of_a_compiled_run(shards, tmp_path):
+    flags = ["--compile", "--max_steps", 60]
+    run_script("train_gpt2.py", *flags_of(shards, tmp_path / "whole", *flags))
+    whole = Run(tmp_path / "whole", read_log(tmp_path / "whole"))
+    moments = twenty_moments()
+    assert len(moments) == 20
+    for number, fault in enumerate(moments):
+        log_dir = tmp_path / str(number)
+        run_until_killed("train_gpt2.py", *flags_of(shards, log_dir, *flags), fault=fault)
+        step = max(read_log(log_dir))[0] if (log_dir / "log.txt").exists() else "start"
+        run_script("train_gpt2.py", *flags_of(shards, log_dir, *flags, "--resume"))
+        assert_same_end(log_dir, whole)
+        print(f"{fault}: after step {step}, then the same bits", flush=True)
+
+
+@pytest.fixture(scope="module")
+def whole_of_ranks(shards, tmp_path_factory):
+    """whole_of_ranks(n): an uninterrupted run under torchrun on n ranks."""
+    runs = {}
+
+    def whole(ranks):
+        if ranks not in runs:
+            log_dir = tmp_path_factory.mktemp("whole") / "log"
+            flags = flags_of(shards, log_dir, "--micro_batch_size", 8 // ranks)
+            run_script("torchrun", ranks, "train_gpt2.py", *flags)
+            runs[ranks] = Run(log_dir, read_log(log_dir))
+        return runs[ranks]
+
+    return whole
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sigkill_of_all_ranks(shards, whole_of_ranks, tmp_path, ranks):
+    flags = flags_of(shards, tmp_path / "log", "--micro_batch_size", 8 // ranks)
+    process = start_script("torchrun", ranks, "train_gpt2.py", *flags)
+    wait_for_line(process, "step     6 |")
+    kill_all(process)
+    run_script("torchrun", ranks, "train_gpt2.py", *flags, "--resume")
+    assert_same_end(tmp_path / "log", whole_of_ranks(ranks))
+
+
+def test_a_run_resumes_with_another_micro_batch_size(shards, whole, tmp_path):
+    copy_run(whole.log_dir, tmp_path / "log", without="ckpt_000012")
+    assert_close(train(shards, tmp_path / "log", "--resume", "--micro_batch_size", 1), whole.log)
+
+
+def test_a_run_resumes_on_another_number_of_ranks(shards, whole, tmp_path):
+    copy_run(whole.log_dir, tmp_path / "log", without="ckpt_000012")
+    flags = flags_of(shards, tmp_path / "log", "--resume", "--micro_batch_size", 2)
+    run_script("torchrun", 2, "train_gpt2.py", *flags)
+    assert_close(read_log(tmp_path / "log"), whole.log)
+
+
+@pytest.mark.parametrize("fault, newest", [
+    ('inside_save("ckpt_000004", kill)', None),
+    ('inside_save("ckpt_000004", kill, after_rename=True)', 4),
+    ('inside_save("best", kill, step=8)', 4),  # the best of step 4 has been moved aside
+    ('inside_save("best", kill, step=8, after_rename=True)', 4),
+    ('inside_save("ckpt_000008", kill)', 4),
+    ('inside_save("ckpt_000012", kill)', 8),
+    ('inside_removal("ckpt_000004", kill, after_rename=True)', 12),
+])
+def test_sigkill_inside_a_save(shards, whole, tmp_path, fault, newest):
+    run_until_killed("train_gpt2.py", *flags_of(shards, tmp_path / "log"), fault=fault)
+    found, skipped = checkpoint.latest(tmp_path / "log")
+    assert (found and int(found.name[-6:])) == newest and not skipped
+    copy_run(tmp_path / "log", tmp_path / "cleaned")
+    checkpoint.clean(tmp_path / "cleaned")
+    checkpoint.load(tmp_path / "cleaned" / "best")  # even if the new one had not replaced it yet
+    train(shards, tmp_path / "log", "--resume")
+    assert_same_end(tmp_path / "log", whole)
+    assert not list((tmp_path / "log").glob(".*.tmp"))
+
+
+def test_sigkill_between_the_log_and_the_checkpoint(shards, whole, tmp_path):
+    flags = flags_of(shards, tmp_path / "log")
+    run_until_killed("train_gpt2.py", *flags, fault='before_save("ckpt_000008", kill)')
+    assert (8, "val") in read_log(tmp_path / "log")
+    with open(tmp_path / "log" / "log.txt", "a") as file:
+        file.write("8 train 5.9")  # and a line that was cut short
+    train(shards, tmp_path / "log", "--resume")
+    assert_same_end(tmp_path / "log", whole)
+
+
+@pytest.mark.parametrize("to_rank", [None, 0, 1])
+def test_sigterm_to_torchrun_or_to_one_rank(shards, tmp_path, to_rank):
+    process = start_script("torchrun", 2, "train_gpt2.py", *flags_of(shards, tmp_path / "log", *ENDLESS))
+    wait_for_line(process, "step     5 |")
+    started = time.monotonic()
+    os.kill(process.pid if to_rank is None else ranks_of(process)[to_rank], signal.SIGTERM)
+    rest = process.communicate()[0]
+    assert time.monotonic() - started < 30
+    assert process.returncode == 1  # torchrun's own status, although both ranks saved and exited
+    step = int(re.search(r"stopped by SIGTERM before step (\d+)", rest)[1])
+    newest, skipped = checkpoint.latest(tmp_path / "log", to_resume=True)
+    assert newest.name == f"ckpt_{step:06d}" and not skipped
+    assert max(read_log(tmp_path / "log"))[0] == step - 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigkill_of_one_rank_ends_the_other_with_the_reason(shards, tmp_path, rank):
+    process = start_script("torchrun", 2, "train_gpt2.py", *flags_of(shards, tmp_path / "log", *ENDLESS))
+    wait_for_line(process, "step     5 |")
+    started = time.monotonic()
+    os.kill(ranks_of(process)[rank], signal.SIGKILL)
+    rest = process.communicate()[0]
+    assert process.returncode == 1 and time.monotonic() - started < 20
+    assert f"rank {1 - rank} has lost another one" in rest and "--resume goes on" in rest
+
+
+def test_torchrun_restarts_after_sigkill_of_one_rank(shards, whole_of_ranks, tmp_path):
+    command = ["torchrun", 2, "--max-restarts=1", "train_gpt2.py", *flags_of(shards, tmp_path / "log")]
+    process = run_script(*command, fault="if RANK == 1 and RESTART == 0: at_step(6, kill)")
+    assert "finished" in process.stdout
+    assert_same_end(tmp_path / "log", whole_of_ranks(2))
+    assert starts_of(tmp_path / "log") == 2
+    # a restart never resumes the run of another torchrun
+    process = run_script(*command, check=False)
+    assert process.stderr.count("holds a run") == 2 and process.returncode == 1
+
+
+@pytest.mark.parametrize("others_wait_for", ["stop", "gradients"])
+def test_a_rank_that_hangs_ends_the_run_after_the_timeout(shards, tmp_path, others_wait_for):
+    flags = flags_of(shards, tmp_path / "log", *ENDLESS, "--timeout", 8)
+    fault = f'if RANK == 1: while_others_wait_for("{others_wait_for}", hang)'
+    process = start_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault)
+    wait_for_line(process, "step     5 |")
+    started = time.monotonic()
+    line = wait_for_line(process, "error:")
+    assert "rank 0 has lost another one" in line and "--timeout 8 seconds" in line
+    assert time.monotonic() - started < 30
+    kill_all(process)  # torchrun itself waits 30 seconds for a process that does not answer
+
+
+def test_the_readmes_loop_for_machines_that_may_go_away(shards, whole, tmp_path):
+    """The loop is run as the README prints it, and its python is killed three times."""
+    loop = re.search(r"^until .*train_gpt2.py.*done$", (ROOT / "README.md").read_text(), re.MULTILINE)[0]
+    flags = " ".join(map(str, flags_of(shards, tmp_path / "log")))
+    loop = loop.replace("python train_gpt2.py", f"{sys.executable} train_gpt2.py {flags}")
+    process = subprocess.Popen(["bash", "-c", loop.replace("sleep 5", "sleep 0.1")], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for moment in (0.05, 0.15, 0.1):
+        wait_for_line(process, "tokens a step")
+        time.sleep(moment)
+        os.kill(ranks_of(process)[0], signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == 0
+    assert_same_end(tmp_path / "log", whole)
+    assert starts_of(tmp_path / "log") == 4
+    wrong = subprocess.run(["bash", "-c", loop.replace("--max_steps 12", "--max_steps 13")], cwd=ROOT)
+    assert wrong.returncode == 0  # a wrong flag ends the loop, too
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("name, how", [("", "directory empty"), *itertools.product(
+    ["model.safetensors", "optimizer.safetensors", "meta.json"],
+    ["truncated", "one byte flipped", "missing"],
+)])
+def test_a_damaged_newest_checkpoint_is_skipped(shards, whole, tmp_path, capsys, name, how):
+    path = copy_run(whole.log_dir, tmp_path / "log") / "ckpt_000012" / name
+    if how == "directory empty":
+        shutil.rmtree(path)
+        path.mkdir()
+    else:
+        make.damage(path, how)
+    train(shards, tmp_path / "log", "--resume")
+    out = capsys.readouterr().out
+    assert re.search(r"passed over: .*ckpt_000012", out) and "at step 8" in out
+    assert_same_end(tmp_path / "log", whole)
+
+
+def test_a_changed_meta_json_is_found(whole, tmp_path):
+    path = copy_run(whole.log_dir / "ckpt_000012", tmp_path / "ckpt_000012") / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "best_val": meta["best_val"] / 2}))
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="digest is not the one it states"):
+        checkpoint.load(path.parent)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(shards, whole, tmp_path):
+    copy_run(whole.log_dir, tmp_path / "log")
+    for path in checkpoint.numbered(tmp_path / "log"):
+        (path / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match="no checkpoint .* is valid"):
+        train(shards, tmp_path / "log", "--resume")
+    assert read_log(tmp_path / "log") == whole.log
+
+
+EVERY_STEP = ["--max_steps", 6, "--save_every", 1, "--keep_every", 3, "--val_every", 2]
+
+
+def test_the_newest_the_best_and_the_milestones_stay(shards, tmp_path):
+    flags = [*EVERY_STEP, "--max_lr", 0.1, "--min_lr", 0.1]  # too large: the best is not the last
+    train(shards, tmp_path / "log", *flags)
+    names = ["ckpt_000006", "ckpt_000005", "ckpt_000003"]
+    assert names_of(tmp_path / "log") == names
+    losses = {step: float(value) for (step, stream), value in read_log(tmp_path / "log").items()
+              if stream == "val" and step > 0}
+    best = min(losses, key=losses.get)
+    assert checkpoint.read_meta(tmp_path / "log" / "best")["step"] == best == 2
+    for name in names[:2]:
+        shutil.rmtree(tmp_path / "log" / name)
+    train(shards, tmp_path / "log", *flags, "--resume")
+    assert checkpoint.read_meta(tmp_path / "log" / "best")["step"] == best
+
+
+def test_a_checkpoint_that_can_not_be_deleted_does_not_stop_the_run(shards, tmp_path, faults):
+    faults.busy("ckpt_000001")
+    train(shards, tmp_path / "log", *EVERY_STEP)  # replaces its best twice
+    assert names_of(tmp_path / "log") == ["ckpt_000006", "ckpt_000005", "ckpt_000003", "ckpt_000001"]
+    assert checkpoint.load(tmp_path / "log" / "best")[1]["step"] == 6
+
+
+# --------------------------------------------------------------------------------------- steps not finite
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_on_one_rank_is_located(shards, tmp_path, what):
+    """One sequence, which rank 1 reads in step 5, is at fault: the error names rank, shard and offset."""
+    loader = DataLoaderLite(4, 32, data_dir=shards)
+    sequence = 5 * 8 + 4 + 2  # eight sequences a step; after the four of rank 0, the third one
+    path, _, offset = loader.place(sequence)
+    fault = f'not_finite({loader.window(sequence)[:-1].tolist()}, "{what}")'
+    flags = flags_of(shards, tmp_path / "log", "--val_every", 0, "--save_every", 1)
+    process = run_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault, check=False)
+    assert process.returncode == 1
+    words = rf"error: step 5 has .*nan; rank 1: loss .* at {offset} of {re.escape(str(path))}"
+    assert re.search(words, process.stderr), process.stderr
+    assert names_of(tmp_path / "log") == ["ckpt_000005", "ckpt_000004"]
+    assert_finite(checkpoint.load_model(tmp_path / "log"))
+
+    if what == "gradient":  # from here on there is no difference
+        return
+    skip = ["--skip_bad_steps", 1]
+    process = run_script("torchrun", 2, "train_gpt2.py", *flags, "--resume", *skip, fault=fault)
+    assert "left out: step 5" in process.stdout
+    log = read_log(tmp_path / "log")
+    assert float(log[5, "skipped"]) == 1 and (5, "train") not in log and (11, "train") in log
+    assert checkpoint.read_meta(tmp_path / "log" / "ckpt_000012")["skipped"] == 1
+    flags = flags_of(shards, tmp_path / "one", "--val_every", 0, "--save_every", 1, *skip)
+    run_script("train_gpt2.py", *flags, fault=fault)
+    assert_close(read_log(tmp_path / "one"), log)
+
+
+@pytest.mark.parametrize("save_every", [1, 4])
+def test_a_run_that_diverges_stops_and_saves_only_finite_weights(shards, tmp_path, save_every):
+    flags = ["--max_lr", "1e30", "--warmup_steps", 0, "--save_every", save_every, "--val_every", 1]
+    process = run_script("train_gpt2.py", *flags_of(shards, tmp_path / "log", *flags), check=False)
+    assert_refused(process, "not finite" if "not finite" in process.stderr else "nan", "--max_lr")
+    assert re.search(r"step \d+ .*(nan|inf|not finite)", process.stderr)
+    for path in checkpoint.numbered(tmp_path / "log"):
+        assert_finite(checkpoint.load(path)[0])
+
+
+# -------------------------------------------------------------------------- the disk and other processes
+
+
+@pytest.mark.parametrize("full_at", ["checkpoint", "log"])
+def test_a_full_disk_ends_the_run_in_one_line(shards, whole, tmp_path, full_at):
+    log_dir = copy_run(whole.log_dir, tmp_path / "log", without="ckpt_000012")
+    size = 100_000 if full_at == "checkpoint" else f"os.path.getsize({str(log_dir / 'log.txt')!r}) + 10"
+    process = run_script("train_gpt2.py", *flags_of(shards, log_dir, "--resume"), check=False,
+                         fault=f"at_step(9, lambda: fill_disk({size}))")
+    last = process.stderr.splitlines()[-1]
+    name = "best" if full_at == "checkpoint" else "log.txt"
+    assert process.returncode == 1
+    assert re.match(rf"error: .*File too large.*{name}|error: .*{name}.*File too large", last), last
+    assert "--resume goes on" in last
+    assert checkpoint.latest(log_dir, to_resume=True)[0].name == "ckpt_000008"
+    names = {path.name for path in log_dir.iterdir()}
+    assert names == {".lock", "best", "ckpt_000008", "log.txt", "run.json"}
+    checkpoint.load(log_dir / "best")
+    train(shards, log_dir, "--resume")
+    assert_same_end(log_dir, whole)
+
+
+def test_a_log_directory_that_can_not_be_written_is_refused(shards, tmp_path):
+    (tmp_path / "file").write_text("")
+    process = run_script("train_gpt2.py", *flags_of(shards, tmp_path / "file" / "log"), check=False)
+    assert_refused(process, tmp_path / "file" / "log", "can't be written")
+    assert process.stdout == ""
+
+
+def test_a_second_run_on_one_log_directory_is_refused(shards, tmp_path):
+    """The lock of a killed run is gone, although a child of it still runs."""
+    flags = flags_of(shards, tmp_path / "log", *ENDLESS)
+    fault = 'import subprocess; at_step(0, lambda: subprocess.Popen(["sleep", "60"], close_fds=False))'
+    process = start_script("train_gpt2.py", *flags, fault=fault)
+    wait_for_line(process, "step     5 |")
+    assert_refused(run_script("train_gpt2.py", *flags, "--resume", check=False), tmp_path / "log", "in use")
+    sleeping = ranks_of(process)
+    process.kill()
+    process.wait()
+    try:
+        with files.locked(tmp_path / "log"):
+            os.kill(sleeping[0], 0)  # it still runs
+    finally:
+        os.kill(sleeping[0], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--max_lr", "1e-3"], "max_lr 0.003 -> 0.001; --allow_change max_lr"),
+    (["--max_steps", 16, "--grad_clip", 2], "max_steps 12 -> 16, grad_clip 1.0 -> 2.0; --allow"),
+    (["--seed", 1], "seed 1337 -> 1; another --log_dir"),
+    (["--seed", 1, "--max_steps", 16], "max_steps 12 -> 16; another --log_dir"),
+    (["--total_batch_size", 512, "--allow_change", "max_lr"], "total_batch_size 256 -> 512"),
+])
+def test_a_resume_that_would_be_another_run_is_refused(shards, whole, tmp_path, flags, words):
+    log_dir = copy_run(whole.log_dir, tmp_path / "log")
+    with pytest.raises(UserError, match=words):
+        train(shards, log_dir, "--resume", *flags)
+    assert_same_end(log_dir, whole)
+
+
+def test_a_resume_on_other_data_is_refused(shards, whole, tmp_path):
+    other = make.copy_shards(shards, tmp_path / "data", manifest=False)
+    with pytest.raises(UserError, match="data '.* -> 'unverified.*; another --log_dir"):
+        train(shards, whole.log_dir, "--resume", "--data_dir", other)
+
+
+def test_a_resume_may_change_what_is_free_and_what_is_allowed(shards, whole, tmp_path):
+    log_dir = copy_run(whole.log_dir, tmp_path / "log")
+    free = ["--keep", 3, "--save_every", 6, "--micro_batch_size", 8, "--timeout", 60]
+    train(shards, log_dir, "--resume", *free)
+    allowed = ["--max_steps", 16, "--max_lr", "1e-3", "--allow_change", "max_steps", "max_lr"]
+    train(shards, log_dir, "--resume", *allowed)
+    assert max(read_log(log_dir))[0] == 16
+    with pytest.raises(SystemExit):
+        train(shards, log_dir, "--resume", "--allow_change", "seed")
+
+
+# ---------------------------------------------------------------------------------------------- a long time
+
+
+@pytest.mark.parametrize("steps", [300, pytest.param(5000, marks=pytest.mark.slow)])
+def test_a_soak_leaks_neither_memory_nor_files(shards, tmp_path, steps):
+    """A run that evaluates and saves every ten steps; its log is complete."""
+    flags = flags_of(shards, tmp_path / "log", "--max_steps", steps, "--val_every", 10, "--save_every", 10)
+    process = start_script("train_gpt2.py", *flags)
+
+    def used_at(step):
+        wait_for_line(process, f"step {step:5d} |")
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]), len(os.listdir(f"/proc/{process.pid}/fd"))
+
+    memory, open_files = used_at(steps // 3)
+    memory_later, open_files_later = used_at(steps - 1)
+    rest = process.communicate()[0]
+    assert "finished" in rest and process.returncode == 0
+    assert abs(memory_later / memory - 1) <= 0.02 and open_files_later == open_files
+    log = read_log(tmp_path / "log")
+    assert [step for step, stream in log if stream == "train"] == list(range(steps))
+    assert [step for step, stream in log if stream == "val"] == list(range(0, steps + 1, 10))
