@@ -70,8 +70,8 @@ def small_run(learned, tmp_path_factory):
 @pytest.fixture
 def faults():
     """The module faulty, for faults in this process; they end with the test."""
-    yield faulty
-    faulty.restore()
+    with faulty.put_in():
+        yield faulty
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from train_gpt2 import DataLoaderLite
 
 RANK = int(os.environ.get("RANK", 0))
 RESTART = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-PATCHED = []  # (owner, name, the real thing)
+PATCHED = []  # (owner, name, the original)
 
 
 def patch(owner, name, new):
@@ -43,19 +43,15 @@ def patch(owner, name, new):
     setattr(owner, name, new)
 
 
-def restore():
-    """Undo all patches."""
-    while PATCHED:
-        setattr(*PATCHED.pop())
-
-
 @contextlib.contextmanager
 def put_in():
     """Undo, at the end of the block, what was patched in it."""
+    kept = len(PATCHED)
     try:
         yield
     finally:
-        restore()
+        while len(PATCHED) > kept:
+            setattr(*PATCHED.pop())
 
 
 def before(owner, name, when, act):
@@ -255,8 +251,10 @@ def without_gigatoken():
 
 
 def short_pauses(seconds, count=5):
-    """Ask a busy server again after so many seconds, `count` times."""
+    """Ask a busy server again after so many seconds, `count` times; libraries pause no longer, either."""
+    real = time.sleep
     patch(files, "PAUSES", (seconds,) * count)
+    patch(time, "sleep", lambda asked: real(min(asked, seconds)))
 
 
 def before_shard(number, act):

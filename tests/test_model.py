@@ -1,4 +1,4 @@
-"""The model: equal to Hugging Face's GPT-2, and what it promises of its loss, its cache and its refusals."""
+"""The model: equal to Hugging Face's GPT-2; its loss, its cache, its optimizer, refused settings."""
 
 import copy
 import math
@@ -57,13 +57,13 @@ def test_logits_equal_transformers(tmp_path, vocab_size, n_layer, n_head, n_embd
         expected, (logits, loss) = theirs(idx).logits, ours(idx)
         assert loss is None and logits.shape == (2, 64, vocab_size)
         assert (logits - expected).abs().max() < 1e-4
-        ours.config.num_tokens = vocab_size  # theirs knows of no padding
+        ours.config.num_tokens = vocab_size  # theirs has no padding
         _, loss = ours(idx[:, :-1], idx[:, 1:])
         assert abs(loss - theirs(idx, labels=idx).loss) < 1e-4
     assert not ours.training and all(p.requires_grad for p in ours.parameters())
 
 
-def test_an_evaluation_counts_without_the_padding():
+def test_the_loss_in_eval_mode_ignores_the_padding():
     torch.manual_seed(0)
     padded = GPT(GPTConfig(**{**SMALL, "vocab_size": 128}, num_tokens=96)).eval()
     state = {**padded.state_to_save(), "transformer.wte.weight": padded.lm_head.weight[:96].clone()}
@@ -74,7 +74,7 @@ def test_an_evaluation_counts_without_the_padding():
     assert abs(losses[0] - losses[1]) < 1e-5 and abs(losses[0] - math.log(96)) < 0.1
 
 
-def test_save_pretrained_comes_back_without_the_padding(tmp_path):
+def test_save_pretrained_drops_the_padding(tmp_path):
     torch.manual_seed(0)
     ours = GPT(GPTConfig(**{**SMALL, "vocab_size": 128}, num_tokens=100)).eval()
     ours.save_pretrained(tmp_path)
@@ -96,7 +96,7 @@ def test_a_gpt2_with_another_architecture_is_refused(tmp_path, change):
         GPT.from_pretrained(tmp_path)
 
 
-def test_weights_that_are_missing_are_not_made_up(tmp_path):
+def test_missing_weights_are_refused(tmp_path):
     GPT(GPTConfig(**SMALL)).save_pretrained(tmp_path)
     state = safetensors.torch.load_file(tmp_path / "model.safetensors")
     del state["transformer.h.0.mlp.c_fc.weight"]
@@ -114,7 +114,7 @@ def test_an_impossible_shape_is_refused(change, reason):
         GPTConfig(**{**SMALL, **change})
 
 
-def test_causality(gpt):
+def test_a_token_does_not_change_earlier_logits(gpt):
     idx = tokens(1, 32)
     changed = idx.clone()
     changed[0, 20] += 1
@@ -122,7 +122,7 @@ def test_causality(gpt):
     assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 20:], after[:, 20:])
 
 
-def test_initialisation_and_first_loss(gpt):
+def test_the_initialization_gives_a_uniform_first_loss(gpt):
     _, loss = gpt(tokens(8, 32), tokens(8, 32, seed=1))
     assert abs(loss.item() - math.log(96)) < 0.1
     block = GPT(GPTConfig(block_size=8, vocab_size=96, n_layer=8, n_head=4, n_embd=256)).transformer.h[0]
@@ -130,7 +130,7 @@ def test_initialisation_and_first_loss(gpt):
         assert abs(weight.std().item() / std - 1) < 0.02
 
 
-def test_overfits_one_batch():
+def test_the_model_overfits_one_batch():
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(**SMALL))
     x, y = tokens(4, 32), tokens(4, 32, seed=1)
@@ -176,7 +176,7 @@ def test_chunked_loss_under_autocast(gpt):
 
 
 def test_the_whole_training_pass_is_one_graph(gpt, monkeypatch):
-    """A GPU compiles the loss with the rest: nothing in it, nor in its slices, breaks the graph."""
+    """A GPU compiles the loss with the rest: neither it nor its slices break the graph."""
     monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 100 * 96)
     x, y = tokens(8, 32), tokens(8, 32, seed=1)
     results = []
@@ -191,7 +191,7 @@ def test_the_whole_training_pass_is_one_graph(gpt, monkeypatch):
 
 
 @torch.no_grad()
-def test_an_evaluation_is_one_graph_too(gpt, monkeypatch):
+def test_the_evaluation_pass_is_one_graph(gpt, monkeypatch):
     monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 100 * 96)
     x, y = tokens(8, 32), tokens(8, 32, seed=1)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
@@ -201,8 +201,8 @@ def test_an_evaluation_is_one_graph_too(gpt, monkeypatch):
 
 
 def test_the_loss_holds_one_slice_of_logits_and_no_copy_of_it(monkeypatch):
-    """The largest tensor that the loss computes with is a slice of the logits, made once and worked on in
-    place; the slices are equal, for a short one would read the whole matrix for a few rows."""
+    """The largest tensor in the loss is a slice of the logits, allocated once and updated in place. All slices
+    have the same size, since a short one would read the whole matrix for a few rows."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
@@ -240,8 +240,8 @@ def test_slices_cover_the_rows_in_multiples_of_16():
         assert not sizes or max(sizes) <= 2**25 / 50304 and max(sizes) - min(sizes) <= 16 * len(sizes)
 
 
-def test_compiled_in_16_bits_the_loss_holds_no_logits_in_32():
-    """On a GPU bytes are time: log-softmax, exp and gradient are one kernel, from bf16 to bf16."""
+def test_the_compiled_loss_in_bf16_holds_no_logits_in_fp32():
+    """Log-softmax, exp and gradient are one kernel from bf16 to bf16: on a GPU bytes are time."""
     from torch._inductor.utils import run_and_get_code
 
     weight = torch.randn(4096, 16, requires_grad=True)
@@ -257,7 +257,7 @@ def test_compiled_in_16_bits_the_loss_holds_no_logits_in_32():
     assert {dtype for rows, columns, dtype in made if {rows, columns} == {"64", "4096"}} == {"bfloat16"}
 
 
-def test_cache_is_the_uncached_model(gpt):
+def test_generating_with_the_cache_equals_generating_without(gpt):
     idx = tokens(3, 5)
     generated = gpt.generate(idx, 27, temperature=0)  # up to the block size
     for _ in range(27):
@@ -266,7 +266,7 @@ def test_cache_is_the_uncached_model(gpt):
     assert torch.equal(generated, idx)
 
 
-def test_beyond_the_context_it_goes_on_from_the_last_half(gpt):
+def test_beyond_the_context_generation_continues_from_the_last_half(gpt):
     idx = tokens(2, 40)  # longer than the block size itself
     generated = gpt.generate(idx, 45, temperature=0)
     window = idx[:, -32:]
@@ -281,14 +281,14 @@ def test_beyond_the_context_it_goes_on_from_the_last_half(gpt):
 
 def test_padding_is_never_sampled(gpt):
     gpt.config.num_tokens = 3
-    gpt.lm_head.weight.data[3:] = 10 * gpt.lm_head.weight.data[0].abs()  # the padding would win
+    gpt.lm_head.weight.data[3:] = 10 * gpt.lm_head.weight.data[0].abs()  # the padding would be likeliest
     for settings in (dict(temperature=0), dict(temperature=5.0), dict(top_k=50), dict(top_p=0.99)):
         assert gpt.generate(tokens(4, 3, vocab=3), 20, **settings).max() < 3
     assert GPTConfig().num_tokens == 50257
 
 
-def test_only_what_may_be_drawn_is_drawn_from(monkeypatch):
-    """The work, counted: a draw costs a random number for each candidate."""
+def test_only_the_top_k_candidates_are_drawn_from(monkeypatch):
+    """A draw costs one random number for each candidate."""
     widths, multinomial = [], torch.multinomial
 
     def watched(probs, **settings):
@@ -301,13 +301,13 @@ def test_only_what_may_be_drawn_is_drawn_from(monkeypatch):
     assert widths == [5, 5, 100, 100]
 
 
-def test_temperature_top_k_and_top_p():
+def test_temperature_top_k_and_top_p_give_the_expected_shares():
     logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().repeat(4000, 1)
 
     def shares(**settings):
         settings = dict(temperature=1.0, top_k=None, top_p=None) | settings
         drawn = model_module.next_token(logits, generator=torch.Generator().manual_seed(0), **settings)
-        return (drawn.flatten().bincount(minlength=4) / 4000)[[1, 3, 0, 2]].tolist()  # the likeliest first
+        return (drawn.flatten().bincount(minlength=4) / 4000)[[1, 3, 0, 2]].tolist()  # likeliest first
 
     assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
     assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
@@ -323,7 +323,7 @@ def test_temperature_top_k_and_top_p():
     (dict(top_k=0), "top_k"), (dict(top_p=0), "top_p"), (dict(top_p=1.1), "top_p"),
     (dict(max_new_tokens=-1), "max_new_tokens"),
 ])
-def test_sampling_settings_that_mean_nothing_are_refused(gpt, settings, reason):
+def test_impossible_sampling_settings_are_refused(gpt, settings, reason):
     with pytest.raises(ValueError, match=reason):
         gpt.generate(tokens(1, 3), **{"max_new_tokens": 1, **settings})
     with pytest.raises(ValueError, match="at least one token"):
@@ -335,7 +335,7 @@ def test_the_same_generator_draws_the_same(gpt):
     assert torch.equal(*draws)
 
 
-def test_the_fused_update_is_adamws(gpt):
+def test_the_fused_update_equals_adamw(gpt):
     plain = copy.deepcopy(gpt)
     fused = gpt.configure_optimizers(0.1, 1e-2, "cpu")
     groups = [{"params": [p for p in plain.parameters() if (p.dim() >= 2) == matrices], "weight_decay": decay}
@@ -351,7 +351,7 @@ def test_the_fused_update_is_adamws(gpt):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
-def test_only_matrices_decay(gpt):
+def test_only_matrices_have_weight_decay(gpt):
     decayed, plain = gpt.configure_optimizers(0.1, 1e-3, "cpu").param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0) and decayed["fused"]
     assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in plain["params"]} == {1}
@@ -359,7 +359,7 @@ def test_only_matrices_decay(gpt):
     assert decayed["betas"] == (0.9, 0.95) and decayed["eps"] == 1e-8
 
 
-def test_mfu_and_summary():
+def test_mfu_and_summary_of_the_124M():
     with torch.device("meta"):
         gpt = GPT(GPTConfig())
     assert gpt.estimate_mfu(500_000, 1024, "NVIDIA H100 80GB HBM3") == pytest.approx(

@@ -1,4 +1,4 @@
-"""plot.py: what stands in the picture, read back from the figure's own lines and texts."""
+"""plot.py: what the picture shows, read back from the lines and texts of the figure."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ FINEWEB_EDU = dict(dataset="HuggingFaceFW/fineweb-edu", name="sample-10BT")
 
 
 def write_run(log_dir, steps=10, record=None, **curves):
-    """A log directory; a curve is a function of the step, or the figures of step 0, 1, ..."""
+    """Make a log directory. A curve is a function of the step, or a list of values from step 0 on."""
     log_dir.mkdir(parents=True)
     curves = curves or dict(train=lambda step: 4 - step / steps, val=lambda step: 4.5 - step / steps)
     with open(log_dir / "log.txt", "w") as file:
@@ -31,7 +31,7 @@ def write_run(log_dir, steps=10, record=None, **curves):
 
 
 def panel(figure, title):
-    """What a panel shows: {label of a line: [(step, value)]}, all runs' together."""
+    """The points in a panel, of all runs together: {label of a line: [(step, value)]}."""
     [axes] = [axes for axes in figure.axes if axes.get_title(loc="left").startswith(title)]
     points = {}
     for line in axes.lines:
@@ -49,7 +49,7 @@ def style():
         yield
 
 
-def test_a_picture_shows_what_the_log_says(tmp_path):
+def test_a_picture_shows_the_values_of_the_log(tmp_path):
     streams = ("train", "val", "hella", "lr", "norm", "tok/s")
     values = {stream: [1 + i + step / 8 for step in range(8)] for i, stream in enumerate(streams)}
     figure = plot.picture([write_run(tmp_path / "run", 8, **values)])
@@ -70,7 +70,7 @@ def test_no_panel_without_its_stream(tmp_path):
         plot.picture([tmp_path / "other"])
 
 
-def test_bits_per_byte_where_there_is_room_for_sense(tmp_path):
+def test_bits_per_byte_are_shown_without_hellaswag_or_for_several_runs(tmp_path):
     streams = dict.fromkeys(("train", "val", "val_bpb", "lr", "norm", "tok/s"), lambda step: 2 + step)
     one = write_run(tmp_path / "one", **streams)
     two, three = (write_run(tmp_path / name, hella=lambda step: 0.3, **streams) for name in ("two", "three"))
@@ -79,7 +79,7 @@ def test_bits_per_byte_where_there_is_room_for_sense(tmp_path):
     assert len(plot.picture([two]).axes) == 5
 
 
-def test_noise_is_pale_under_its_running_mean(tmp_path):
+def test_a_noisy_curve_is_drawn_with_its_running_mean(tmp_path):
     noise = np.random.default_rng(0).normal(3, 1, 400)
     shown = panel(plot.picture([write_run(tmp_path / "run", 400, train=noise)]), "loss")
     assert np.allclose([value for _, value in shown["train raw"]], noise)
@@ -87,7 +87,7 @@ def test_noise_is_pale_under_its_running_mean(tmp_path):
     assert np.allclose(mean, [noise[max(0, i - 3) : i + 1].mean() for i in range(400)])
 
 
-def test_the_beginning_may_leave_a_panel_and_nothing_else(tmp_path):
+def test_only_the_first_steps_may_be_outside_a_panel(tmp_path):
     def loss(step):
         return 11 if step < 5 else 9 if step == 150 else 3
 
@@ -96,7 +96,7 @@ def test_the_beginning_may_leave_a_panel_and_nothing_else(tmp_path):
     assert low < 3 and 9 < high < 11
 
 
-def test_what_is_not_finite_is_left_out(tmp_path):
+def test_values_that_are_not_finite_are_left_out(tmp_path):
     values = [2, float("inf"), 4, float("nan"), 1e300, 3]
     figure = plot.picture([write_run(tmp_path / "run", 6, norm=values, val=[float("nan")] * 6)])
     assert [step for step, _ in panel(figure, "gradient norm")["norm"]] == [0, 2, 5]
@@ -105,20 +105,20 @@ def test_what_is_not_finite_is_left_out(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_run_that_has_just_begun(tmp_path, steps):
+def test_a_run_of_one_or_two_steps_is_drawn(tmp_path, steps):
     figure = plot.picture([write_run(tmp_path / "run", steps)])
     assert len(panel(figure, "loss")["train"]) == steps
     assert len({line.get_color() for line in figure.axes[0].lines}) == 2  # train and val of one run
     figure.savefig(tmp_path / "picture.png")
 
 
-def test_several_runs_lie_over_each_other(tmp_path):
+def test_several_runs_share_the_panels(tmp_path):
     folders = [write_run(tmp_path / name) for name in ("one", "_$two$_")]
     figure = plot.picture(folders)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "_$two$_"]
     drawn = [line.get_color() for line in figure.axes[0].lines if line.get_label() == "train"]
     assert drawn == [line.get_color() for line in figure.legends[0].get_lines()] == list(plot.COLORS[:2])
-    figure.savefig(tmp_path / "picture.png")  # what stands between $ is no formula
+    figure.savefig(tmp_path / "picture.png")  # text between $ is not a formula
     folders = [write_run(tmp_path / name / "log") for name in ("one", "two")]
     names = [text.get_text() for text in plot.picture(folders).legends[0].get_texts()]
     assert names[0].endswith("one/log") and names[1].endswith("two/log")
@@ -135,7 +135,7 @@ def test_several_runs_lie_over_each_other(tmp_path):
     (dict(data_source=FINEWEB_EDU), {}),
     (dict(data_source=dict(files=[]), tokenizer="gpt2"), {}),
 ])
-def test_published_lines_stand_where_they_apply(tmp_path, record, lines):
+def test_published_lines_are_shown_where_they_apply(tmp_path, record, lines):
     curves = dict(val=lambda step: 4, hella=lambda step: 0.3)
     figure = plot.picture([write_run(tmp_path / "run", record=record, **curves)])
     found = {line.get_label(): line.get_ydata()[0] for axes in figure.axes for line in axes.lines
@@ -156,7 +156,7 @@ def test_published_lines_of_several_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("count, name", [(1, "run"), (2, "a"), (3, "n" * 27), (7, "name_of_" * 10)])
-def test_no_text_is_cut_or_lies_over_another(tmp_path, monkeypatch, count, name):
+def test_no_text_is_cut_or_overlaps_another(tmp_path, monkeypatch, count, name):
     record = dict(flags=dict(n_layer=48, n_embd=1600), data_source=FINEWEB_EDU, tokenizer="gpt2")
     curves = dict(train=lambda step: 3.29, val=lambda step: 3.3, val_bpb=lambda step: 1, lr=lambda step: 6e-4,
                   hella=lambda step: 0.49, norm=lambda step: 0.123, **{"tok/s": lambda step: 3_456_789})
@@ -177,7 +177,7 @@ def test_no_text_is_cut_or_lies_over_another(tmp_path, monkeypatch, count, name)
         assert not box.padded(-1).overlaps(another.padded(-1)), (one, other)
 
 
-def test_steps_that_stand_twice_and_a_torn_line(tmp_path):
+def test_of_repeated_steps_the_last_counts_and_a_torn_line_is_dropped(tmp_path):
     log = "3 val 9\n0 val 5\n1 val 4\n2 val 3\n1 val 4.5\n2 val 3.5\n3 val 2.5\n4 val 1"
     (tmp_path / "log.txt").write_text(log)
     assert read_curves(tmp_path) == {"val": ([0, 1, 2, 3], [5, 4.5, 3.5, 2.5])}
@@ -200,7 +200,7 @@ def test_a_damaged_record_is_named(tmp_path, text):
         plot.picture([run])
 
 
-def test_a_picture_is_the_same_each_time_and_whole(tmp_path, monkeypatch):
+def test_a_picture_is_reproducible_and_written_completely_or_not_at_all(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run")
     for out in (tmp_path / "a.png", tmp_path / "a.svg"):
         plot.draw([run], out)
@@ -230,7 +230,7 @@ def test_a_long_run_is_drawn_with_few_points(tmp_path):
     assert {noise.argmin(), noise.argmax(), 19_072} <= {step for step, _ in raw}
 
 
-def test_the_command(tmp_path, monkeypatch):
+def test_the_command_draws_and_refuses(tmp_path, monkeypatch):
     one, two = (write_run(tmp_path / name) for name in ("one", "two"))
     run_script("plot.py", one)
     assert (one / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -242,7 +242,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert_refused(run_script("plot.py", tmp_path / "none", check=False), tmp_path / "none", "log.txt")
 
 
-def test_it_needs_no_torch_and_says_what_it_needs(tmp_path, monkeypatch):
+def test_plotting_needs_no_torch_and_names_matplotlib(tmp_path, monkeypatch):
     code = "import sys, plot, reference; assert not {'torch', 'matplotlib'} & set(sys.modules)"
     run_script("-c", code)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

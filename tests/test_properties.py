@@ -1,4 +1,4 @@
-"""Any flags, files and settings give a correct result, or one clear line and nothing half done."""
+"""Any flags, files and settings give a correct result, or one error line and nothing half written."""
 
 import contextlib
 import copy
@@ -13,9 +13,9 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
+import faulty
+import make
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,11 +36,11 @@ from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 from train_gpt2 import DataLoaderLite, get_lr, parse_args
 
-ANY_TEXT = st.text(st.characters(), max_size=40)  # st.characters() has half characters, st.text() has none
+ANY_TEXT = st.text(st.characters(), max_size=40)  # with surrogates, unlike st.text()
 KNOWN = st.sampled_from(["<|endoftext|>", "<|endoftext", "\r\n", "\x85 \xa0", "'ll", "\ud83d", "e\u0301 ",
                          "return the object", " of the function\n", "statement"])
 TEXT = st.lists(ANY_TEXT | KNOWN, max_size=4).map("".join)
-ARGUMENT = TEXT.map(lambda text: text.replace("\0", ""))  # the system's own strings end at a zero
+ARGUMENT = TEXT.map(lambda text: text.replace("\0", ""))  # no command line can hold a zero byte
 FLOAT = st.floats() | st.floats(0, 1) | st.sampled_from([0.0, 1e-50, 1e-6, 0.1, 1.0, 1e30, 1e300])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
@@ -49,15 +49,14 @@ JSON = st.recursive(
 
 
 def cases(count):
-    """So many cases, the same in each run; too_slow is off because a case may train a model."""
+    """So many cases, the same ones in each run; too_slow is off because a case may train a model."""
     return settings(max_examples=count, deadline=None, derandomize=True, database=None,
                     suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """One thread: two would spend more on meeting each other than models this small take. And no case is
-    about a power failure."""
+    """One thread, since small models do not gain from two; no fsync, since no case is a power failure."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -68,7 +67,7 @@ def quick():
 
 @contextlib.contextmanager
 def folder():
-    """A new directory for a case: pytest's would be one for all cases of a test."""
+    """A new directory for a case; tmp_path would be the same for all cases of a test."""
     with tempfile.TemporaryDirectory() as path:
         yield Path(path)
 
@@ -97,14 +96,14 @@ def changed(draw, tree):
 
 
 def deepened(text):
-    """The JSON itself for the word that stands for some that is too deep to be read: no failure prints it."""
+    """Replace the word "deep" by JSON that is too deep to parse, which no failure should print."""
     return text.replace("deep", "[" * 100_000)
 
 
-def run_script(module, flags):
-    """A script in this process as a user runs it: (status, what it prints). A refusal must be one line."""
+def run_here(module, flags):
+    """Run a script in this process; return its status and stdout. A refusal must be one line."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    err.reconfigure(errors="backslashreplace")  # as Python's own is
+    err.reconfigure(errors="backslashreplace")  # like Python's own stderr
     status = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -224,7 +223,7 @@ def test_generate_keeps_the_prompt_and_adds_known_ids_or_refuses(config, B, T, n
     torch.manual_seed(0)
     model = GPT(config).eval()
     for parameter in model.parameters():
-        parameter.data *= 8  # far from uniform, so that a token too unlikely shows
+        parameter.data *= 8  # far from uniform, so that a token that is too unlikely shows
     idx = torch.randint(config.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
     allowed = (T > 0 and n >= 0 and temperature >= 0 and math.isfinite(temperature) and (k is None or k >= 1)
                and (p is None or 0 < p <= 1))
@@ -235,7 +234,7 @@ def test_generate_keeps_the_prompt_and_adds_known_ids_or_refuses(config, B, T, n
         return
     assert allowed and out.shape == (B, T + n) and torch.equal(out[:, :T], idx)
     assert (out[:, T:] < config.num_tokens).all() and (out[:, T:] >= 0).all()
-    for t in range(T, min(T + n, config.block_size)):  # up to there it has dropped no context
+    for t in range(T, min(T + n, config.block_size)):  # until then it has dropped no context
         logits = model(out[:, :t])[0][:, -1, : config.num_tokens]
         likelier = logits > logits.gather(1, out[:, t : t + 1]) + 1e-3
         assert (likelier.sum(dim=1) < (1 if temperature < 1e-6 else k or config.vocab_size)).all()
@@ -246,10 +245,10 @@ def test_generate_keeps_the_prompt_and_adds_known_ids_or_refuses(config, B, T, n
 
 @pytest.fixture(scope="module")
 def log_dir(shards, tmp_path_factory):
-    """A run of two steps that was stopped behind the first."""
+    """A run of two steps that was stopped after the first."""
     log_dir = tmp_path_factory.mktemp("properties") / "log"
     flags = [*TINY, "--max_steps", "2", "--save_every", "1", "--val_every", "1"]
-    status, _ = run_script(train_gpt2, [*flags, "--data_dir", str(shards), "--log_dir", str(log_dir)])
+    status, _ = run_here(train_gpt2, [*flags, "--data_dir", str(shards), "--log_dir", str(log_dir)])
     assert status == 0
     shutil.rmtree(log_dir / "ckpt_000002")
     return log_dir
@@ -277,7 +276,7 @@ def test_any_prompt_is_continued_or_refused_in_one_line(log_dir, data, prompt, f
         elif prompt is not None:
             argv += [f"--prompt={prompt}"]
             prompt = False if prompt.startswith("@") else prompt
-        status, printed = run_script(sample, argv + ["--int8"] * int8)
+        status, printed = run_here(sample, argv + ["--int8"] * int8)
     n, k, p = flags.get("num_samples", 1), flags.get("top_k", 1), flags.get("top_p", 1)
     allowed = (prompt is not False and n >= 1 and 0 <= flags.get("seed", 0) < 2**63 and k >= 1 and 0 < p <= 1
                and flags["max_new_tokens"] >= 0 and 0 <= flags.get("temperature", 1) < math.inf)
@@ -317,13 +316,6 @@ def test_a_checkpoint_comes_back_for_any_config(config, step, with_optimizer, va
             assert all(torch.equal(state[i][key], came[i][key]) for i in state for key in state[i])
 
 
-def write_meta(path, meta):
-    """A meta.json that says of itself that it is whole."""
-    body = {key: value for key, value in meta.items() if key != "self"} if isinstance(meta, dict) else meta
-    text = {**body, "self": checkpoint.text_digest(body)} if isinstance(meta, dict) else meta
-    (path / "meta.json").write_text(json.dumps(text))
-
-
 @cases(200)
 @given(st.data())
 def test_any_meta_json_is_a_checkpoint_or_a_damaged_one(log_dir, data):
@@ -332,7 +324,7 @@ def test_any_meta_json_is_a_checkpoint_or_a_damaged_one(log_dir, data):
     meta = data.draw(changed(saved) | changed(saved) | files_changed | JSON, label="meta.json")
     with folder() as path:
         shutil.copytree(log_dir / "ckpt_000001", path / "ckpt_000001")
-        write_meta(path / "ckpt_000001", meta)
+        make.write_meta(path / "ckpt_000001", meta)
         try:
             model, read = checkpoint.load(path / "ckpt_000001")
             assert read.items() <= meta.items() and model.config == GPTConfig(**meta["config"])
@@ -345,7 +337,7 @@ def test_any_meta_json_is_a_checkpoint_or_a_damaged_one(log_dir, data):
         newest, skipped = checkpoint.latest(path)
         assert (newest is None) == (len(skipped) == 1) and not (valid and newest is None)
         for command in ("list", "verify"):
-            status, printed = run_script(checkpoint, [command, str(path)])
+            status, printed = run_here(checkpoint, [command, str(path)])
             assert printed.count("\n") == 1 and status == (0 if newest else 1) or command == "list"
 
 
@@ -357,10 +349,10 @@ def test_resuming_with_any_meta_json_finishes_or_is_refused_in_one_line(shards, 
     flags = [*TINY, "--max_steps", "2", "--save_every", "1", "--val_every", "1", "--resume"]
     with folder() as path:
         shutil.copytree(log_dir, path / "log")
-        write_meta(path / "log" / "ckpt_000001", meta)
+        make.write_meta(path / "log" / "ckpt_000001", meta)
         flags += ["--data_dir", str(shards), "--log_dir", str(path / "log")]
         flags += ["--dtype", data.draw(st.sampled_from(["float32", "float16"]))]
-        status, printed = run_script(train_gpt2, flags)
+        status, printed = run_here(train_gpt2, flags)
         assert status in (0, 2) and ("finished." in printed) == (status == 0)
         if status == 0:
             assert checkpoint.load(path / "log" / "ckpt_000002")[1]["step"] == 2
@@ -419,7 +411,7 @@ def test_hellaswag_predicts_what_one_ending_at_a_time_does(learned, examples, bl
             losses = F.cross_entropy(model(ids[None, :-1])[0][0], ids[1:], reduction="none")[-len(scored) :]
             sums.append(losses.sum().item())
             means.append(losses.mean().item())
-        # endings that are alike are equal up to rounding: either is right
+        # equal endings have equal scores up to rounding: either is right
         assert sums[result["predictions"][i]] <= min(sums) + 1e-3
         assert means[result["predictions_norm"][i]] <= min(means) + 1e-3
     assert result["n"] == len(examples) and result["endings_cut"] == cut
@@ -444,8 +436,8 @@ def test_the_fast_tokenizer_makes_the_ids_of_tiktoken(learned, batch):
 def test_the_shards_are_the_ids_of_the_documents(learned, contents, data, shard_size, val_tokens, batch_chars,
                                                  stop_at):
     encoding = get_tokenizer(learned)
-    with folder() as path, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fineweb_edu, "BATCH_CHARS", batch_chars)
+    with folder() as path, faulty.put_in():
+        faulty.small_batches(batch_chars)
         inputs, stream = [], []
         for number, texts in enumerate(contents):
             kind = data.draw(st.sampled_from(["jsonl", "jsonl.gz", "txt", "parquet"]))
@@ -459,25 +451,17 @@ def test_the_shards_are_the_ids_of_the_documents(learned, contents, data, shard_
                     texts = ["".join(texts) or "x"]
                     inputs[-1].write_bytes(texts[0].encode())
                 else:
-                    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), inputs[-1], row_group_size=2)
+                    make.write_text_column(inputs[-1], texts, row_group_size=2)
             for text in texts:
                 stream += [encoding.eot_token, *encoding.encode_ordinary(text)]
 
         def go():
             fineweb_edu.prepare(inputs, path / "data", {}, learned, "text", shard_size, val_tokens)
 
-        if stop_at:  # as if killed when so many shards stood
-            publish = fineweb_edu.ShardWriter.publish
-
-            def stop(self):
-                if len(self.manifest["shards"]) == stop_at:
-                    raise KeyboardInterrupt
-                publish(self)
-
-            patch.setattr(fineweb_edu.ShardWriter, "publish", stop)
-            with contextlib.suppress(KeyboardInterrupt, UserError):
+        if stop_at:  # as if killed when there were so many shards
+            with faulty.put_in(), contextlib.suppress(KeyboardInterrupt, UserError):
+                faulty.before_shard(stop_at, faulty.interrupt)
                 go()
-            patch.setattr(fineweb_edu.ShardWriter, "publish", publish)
         by_size = shard_size if len(stream) >= 2 * shard_size else max(1, len(stream) // 10)
         expected_val = val_tokens or by_size
         try:
@@ -525,8 +509,8 @@ def interrupted(learned, tmp_path_factory):
     path = tmp_path_factory.mktemp("interrupted")
     (path / "in.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
     arguments = [path / "in.txt"], path / "data", {}, learned, "text", 60, 60
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fineweb_edu.ShardWriter, "finish", lambda self: None)
+    with faulty.put_in():
+        faulty.without_last_shards()
         fineweb_edu.prepare(*arguments)
     return arguments
 
@@ -562,7 +546,7 @@ def test_any_manifest_opens_its_shards_or_is_refused_in_one_line(shards, interru
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fineweb_edu, "hub_files", lambda *_: [str(interrupted[0][0])])
             flags = ["--data_dir", str(data_dir), "--dataset", "a/b", "--tokenizer", interrupted[3]]
-            assert run_script(fineweb_edu, flags)[0] == 2
+            assert run_here(fineweb_edu, flags)[0] == 2
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -588,7 +572,7 @@ ODD = {name: [-1, 0, 1, 7, 33, "1.5", "", *HUGE] for name in SOUND} | dict(
      for name in ("max_lr", "min_lr", "weight_decay", "grad_clip")},
     dropout=[1.0, 1e-50, -0.1, "nan"], dtype=["int4"], seed=[-1, 2**63], val_tokens=[7, 10**15, *HUGE],
     sample_prompt=["@none"], bias=[], timeout=[0, 0.5, -1, 1e8, 1e9, 1e30, "nan", "inf", *HUGE],
-    max_steps=[-1, 0, *HUGE], n_layer=[-1, 0, 3],  # many layers, and so many steps, would only take long
+    max_steps=[-1, 0, *HUGE], n_layer=[-1, 0, 3],  # many layers or steps would only take long
     **{name: [-1, 0, 1, 7, 33, 10**15, *HUGE] for name in ("vocab_size", "block_size", "n_embd")},
 )
 
@@ -599,7 +583,7 @@ ODD_ONES += [("log_dir", "l\udcff g"), ("log_dir", "a" * 300), ("data_dir", "non
 
 @cases(60)
 @given(st.fixed_dictionaries({}, optional=SOUND))
-def test_any_sound_flags_train_and_leave_what_they_promise(shards, flags):
+def test_any_sound_flags_train_and_write_all_that_they_promise(shards, flags):
     check_run(shards, flags)
 
 
@@ -611,7 +595,7 @@ def test_an_odd_flag_trains_or_is_refused_before_anything_is_written(shards, odd
 
 
 def check_run(shards, flags):
-    """A run with these flags: it ends with all it promises, or was refused for a reason and left nothing."""
+    """A run with these flags ends with all that it promises, or is refused and writes nothing."""
     values = dict(
         seed=1, dtype="float32", total_batch_size=256, micro_batch_size=4, sequence_length=32, block_size=32,
         n_layer=1, n_head=2, n_embd=32, vocab_size=512, dropout=0.0, max_lr=3e-3, min_lr=6e-5,
@@ -641,7 +625,7 @@ def check_run(shards, flags):
                       hellaswag_data=path / "hellaswag.jsonl")
         argv = [f"--{flag}={value}" for flag, value in values.items() if flag != "bias"]
         argv += ["--bias" if args.bias else "--no-bias", "--no-compile", "--no-plot"]
-        status, printed = run_script(train_gpt2, argv)
+        status, printed = run_here(train_gpt2, argv)
         log_dir = values["log_dir"]
         if status == 2 and not os.path.isdir(log_dir):  # Path.is_dir raises where a name is too long
             assert not meant and [child.name for child in path.iterdir()] == ["hellaswag.jsonl"]
@@ -650,7 +634,7 @@ def check_run(shards, flags):
         written = {child.name for child in log_dir.iterdir()}
         lines = [line.split() for line in (log_dir / "log.txt").read_text().splitlines()]
         log = {(int(step), stream): float(value) for step, stream, value in lines}
-        if status:  # rates beyond all reason: the loss is no number, and what holds none is not saved
+        if status:  # absurd rates: the loss is not finite, and no checkpoint holds such weights
             assert max(rates) > 1
             assert written <= {".lock", "log.txt", "run.json", "best", "ckpt_000001"}
             assert all(p.isfinite().all() for name in written if (log_dir / name).is_dir()

@@ -1,4 +1,4 @@
-"""reference.py: a run's early loss against the known runs of its recipe."""
+"""reference.py: the early loss of a run against known runs of the same recipe."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def folder(tmp_path):
     (3.89, None), (4.5, None), (5.14, None), (float("nan"), None),
     (3.87, "3.2% below"), (3.8, "5.0% below"), (5.16, "3.2% above"), (5.5, "10.0% above"),
 ])
-def test_a_loss_outside_the_band_is_told(tmp_path, folder, loss, words):
+def test_a_loss_outside_the_band_is_reported(tmp_path, folder, loss, words):
     told = reference.check(100, loss, write_run(tmp_path / "run"), folder)
     if words is None:
         assert told is None
@@ -42,10 +42,10 @@ def test_a_loss_outside_the_band_is_told(tmp_path, folder, loss, words):
         assert "\n" not in told
 
 
-def test_between_its_steps_a_curve_is_interpolated():
+def test_a_curve_is_interpolated_between_its_steps():
     curve = [0, 100, 400], [9, 4, 3]
     assert [reference.loss_at(step, *curve) for step in (0, 100, 400)] == [9, 4, 3]
-    assert reference.loss_at(200, *curve) == pytest.approx(3.5)  # half the way, by the logarithm
+    assert reference.loss_at(200, *curve) == pytest.approx(3.5)  # halfway on the log scale
     assert reference.loss_at(99, *curve) is None and reference.loss_at(401, *curve) is None
 
 
@@ -54,7 +54,7 @@ def test_between_its_steps_a_curve_is_interpolated():
     dict(flags=FLAGS | dict(init_from="gpt2")), dict(data_source=SOURCE | dict(name="large")),
     dict(data_source=None), dict(tokenizer="tokenizer.json"),
 ])
-def test_only_the_same_recipe_is_compared(tmp_path, folder, change):
+def test_only_runs_of_the_same_recipe_are_compared(tmp_path, folder, change):
     write_run(folder / "scratch", "100 val 4\n", flags=FLAGS | dict(init_from=None))
     shutil.rmtree(folder / "low"), shutil.rmtree(folder / "high")
     assert reference.check(100, 9, write_run(tmp_path / "same"), folder)
@@ -62,7 +62,7 @@ def test_only_the_same_recipe_is_compared(tmp_path, folder, change):
     assert reference.check(100, 9, write_run(tmp_path / "run", **change), folder) is None
 
 
-def test_a_reference_that_does_not_name_its_data_is_none(tmp_path, folder):
+def test_a_reference_without_a_data_source_is_not_used(tmp_path, folder):
     run = write_run(tmp_path / "run", data_source=None)
     for name in ("low", "high"):
         shutil.rmtree(folder / name)

@@ -1,4 +1,4 @@
-"""Tokenizers: GPT-2's, and those learned from text, behind one interface."""
+"""Tokenizers: GPT-2's and those trained on text, with the same interface."""
 
 import pytest
 import tokenizers
@@ -8,14 +8,14 @@ from files import UserError
 from tokenizer import get_tokenizer, train
 
 
-def test_gpt2(gpt2_tokenizer):
+def test_gpt2s_ids_of_a_text(gpt2_tokenizer):
     assert gpt2_tokenizer.encode("Hello, I'm a language model,") == [
         15496, 11, 314, 1101, 257, 3303, 2746, 11
     ]
     assert (gpt2_tokenizer.n_vocab, gpt2_tokenizer.eot_token) == (50257, 50256)
 
 
-def test_a_learned_one_is_byte_level_and_the_same_in_both_libraries(learned, texts):
+def test_a_learned_tokenizer_is_byte_level_and_the_same_in_both_libraries(learned, texts):
     ours, theirs = get_tokenizer(learned), tokenizers.Tokenizer.from_file(learned)
     assert ours.n_vocab == 512 and ours.eot_token == 511
     odd = "  naïve\r\n\t日本語 🙂 \x00 I'LL don't 1234567890   "
@@ -26,7 +26,7 @@ def test_a_learned_one_is_byte_level_and_the_same_in_both_libraries(learned, tex
     assert len(ours.encode_ordinary("<|endoftext|>")) > 1
 
 
-def test_learning_is_reproducible_and_says_when_the_text_is_too_small(tmp_path, texts, learned):
+def test_training_is_reproducible_and_stops_early_on_a_small_text(tmp_path, texts, learned):
     train(texts, 512, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == open(learned, "rb").read()
     assert (train(["ab ab ab"], 5000, tmp_path / "small.json")
@@ -34,12 +34,12 @@ def test_learning_is_reproducible_and_says_when_the_text_is_too_small(tmp_path, 
 
 
 @pytest.mark.parametrize("size", [256, 65537])
-def test_sizes_that_cannot_be_are_refused(tmp_path, size):
+def test_an_impossible_vocabulary_size_is_refused(tmp_path, size):
     with pytest.raises(UserError, match="vocab_size"):
         train(["text"], size, tmp_path / "x.json")
 
 
-def test_files_that_are_no_tokenizer_are_refused(tmp_path):
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
     for name, content in {"a.json": "{", "b.json": "[]", "c.json": '{"model": {"vocab": {"a": 5}}}'}.items():
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=name):
@@ -48,14 +48,14 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
         get_tokenizer(str(tmp_path / "missing.json"))
 
 
-def test_command(tmp_path, texts):
+def test_the_command_trains_a_tokenizer(tmp_path, texts):
     (tmp_path / "text.txt").write_text(texts[0])
     out = tmp_path / "tokenizer.json"
     process = run_script("tokenizer.py", "train", tmp_path / "text.txt", "--vocab_size", 280, "--out", out)
     assert "280 tokens" in process.stdout and get_tokenizer(str(out)).n_vocab == 280
 
 
-def test_without_network_and_cache_one_line_says_what_to_do(tmp_path):
+def test_without_network_and_cache_the_error_names_the_remedy(tmp_path):
     (tmp_path / "text.txt").write_text("text")
     nowhere = {
         "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "https_proxy": "http://127.0.0.1:9",
