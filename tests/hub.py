@@ -1,5 +1,6 @@
-"""A stand-in for the Hugging Face hub: one dataset repository, served from memory on the loopback address."""
+"""Local servers: any handler on the loopback address, and a stand-in for the Hugging Face hub."""
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -9,10 +10,24 @@ import urllib.parse
 REPOSITORY, REVISION = "HuggingFaceFW/fineweb-edu", "0123456789abcdef0123456789abcdef01234567"
 
 
-def serve(files, faults=(), repository=REPOSITORY):
-    """Serve {path: bytes} as a dataset; returns the server, which lists what it was asked in `asked`.
+@contextlib.contextmanager
+def serve(handler, **state):
+    """Serve requests with a handler, in a thread; state: attributes of the server, which has its `url`."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    vars(server).update(state, url=f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, args=[0.01], daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
-    faults: what the first requests get instead: "503", "429", "half" of a file, or no file ever more: "none".
+
+def serve_dataset(files, faults=(), repository=REPOSITORY):
+    """Serve {path: bytes} as a dataset of the hub. The server collects the requests in `asked`.
+
+    faults: what the first requests get instead: "503", "429", "half" of a file; or "none": never a file.
     """
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -76,13 +91,10 @@ def serve(files, faults=(), repository=REPOSITORY):
             entry(name) for name in names if "/" not in name.removeprefix(below)
         ]
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked, server.faults = [], list(faults)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+    return serve(Hub, asked=[], faults=list(faults))
 
 
 def environment(server, folder):
-    """The variables that make a script take the server for the hub, with an empty cache below a folder."""
-    return {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(folder / "cache"),
+    """The variables that make a script use the server as the hub, with an empty cache in the folder."""
+    return {"HF_ENDPOINT": server.url, "HF_HOME": str(folder / "cache"),
             "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}

@@ -232,19 +232,18 @@ def test_fineweb_edu_comes_from_the_hub(tmp_path, texts, learned):
         b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*/*\n"
         b"- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
     )
-    server = hub.serve(files)
-    env = hub.environment(server, tmp_path)
     command = ["fineweb_edu.py", "--tokenizer", learned, "--num_proc", 1]
-    run_script(*command, "--data_dir", tmp_path / "out", env=env)
+    with hub.serve_dataset(files) as server:
+        env = hub.environment(server, tmp_path)
+        run_script(*command, "--data_dir", tmp_path / "out", env=env)
+        wrong = run_script(*command, "--name", "nope", "--data_dir", tmp_path / "x", check=False, env=env)
+    assert_refused(wrong, "--dataset", "nope", "sample-10BT")
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts[:40], learned))
     source = fineweb_edu.read_manifest(tmp_path / "out")["source"]
     assert (source["dataset"], source["name"]) == (hub.REPOSITORY, "sample-10BT")
     assert source["revision"] == hub.REVISION
     fetched = [path for method, path in server.asked if method == "GET" and path.endswith(".parquet")]
     assert len(fetched) == 2  # the sample's two files, once each
-    process = run_script(*command, "--name", "nope", "--data_dir", tmp_path / "x", check=False, env=env)
-    assert_refused(process, "--dataset", "nope", "sample-10BT")
-    server.shutdown()
 
 
 @pytest.mark.parametrize("dataset, repository, ref, path", [
@@ -257,14 +256,13 @@ def test_other_datasets_come_from_the_hub_by_name(tmp_path, texts, learned, data
     if dataset == "fineweb":
         files["README.md"] = (b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n"
                               b"    path: sample/10BT/*\n---\n")
-    server = hub.serve(files, repository=repository)
-    run_script("fineweb_edu.py", "--dataset", dataset, "--tokenizer", learned, "--data_dir", tmp_path / "out",
-               env=hub.environment(server, tmp_path))
+    command = ["fineweb_edu.py", "--dataset", dataset, "--tokenizer", learned, "--data_dir", tmp_path / "out"]
+    with hub.serve_dataset(files, repository=repository) as server:
+        run_script(*command, env=hub.environment(server, tmp_path))
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts[:20], learned))
     source = fineweb_edu.read_manifest(tmp_path / "out")["source"]
     assert (source["dataset"], source["ref"], source["revision"]) == (repository, ref, hub.REVISION)
     assert ("HEAD", f"/datasets/{repository}/resolve/{ref or 'main'}/README.md") in server.asked
-    server.shutdown()
 
 
 def test_the_default_directory_of_each_dataset():
@@ -279,19 +277,17 @@ def test_tinyshakespeare_is_downloaded_once_and_known_by_its_digest(tmp_path, le
     text = "to be, or not to be\n" * 100
     (tmp_path / "served.txt").write_text(text)
     expected = fineweb_edu.digest(tmp_path / "served.txt")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/served.txt"
     arguments = ["--dataset", "tinyshakespeare", "--tokenizer", learned, "--data_dir", str(tmp_path / "out")]
     args = fineweb_edu.parse_args(arguments)
-    monkeypatch.setitem(fineweb_edu.TEXTS, "tinyshakespeare", (url, "0" * 32))
-    with pytest.raises(UserError, match="another text.*--input"):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with hub.serve(handler) as server:
+        url = f"{server.url}/served.txt"
+        monkeypatch.setitem(fineweb_edu.TEXTS, "tinyshakespeare", (url, "0" * 32))
+        with pytest.raises(UserError, match="another text.*--input"):
+            fineweb_edu.main(args)
+        assert not (tmp_path / "out").exists()
+        monkeypatch.setitem(fineweb_edu.TEXTS, "tinyshakespeare", (url, expected))
         fineweb_edu.main(args)
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setitem(fineweb_edu.TEXTS, "tinyshakespeare", (url, expected))
-    fineweb_edu.main(args)
-    server.shutdown()
     fineweb_edu.main(fineweb_edu.parse_args(arguments))  # from the copy
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream([text], learned))
 

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -184,22 +183,20 @@ def test_a_second_preparation_of_one_data_directory_is_refused(tmp_path, texts, 
 
 def test_a_hub_that_is_busy_and_breaks_off_is_asked_again(tmp_path, texts, learned):
     content = make.write_parquet(tmp_path / "part.parquet", texts).read_bytes()
-    server = hub.serve({"data/train-00000.parquet": content},
-                       faults=["503", "429", "503", "half", "503", "half"])
     command = ["fineweb_edu.py", "--tokenizer", learned, "--num_proc", 1, "--name", "default", "--data_dir"]
-    settings = dict(env=hub.environment(server, tmp_path), fault="short_pauses(0.1)")
-    process = run_script(*command, tmp_path / "out", **settings)
-    assert server.faults == [] and "once more in 0.1 s" in process.stderr
-    fineweb_edu.verify(tmp_path / "out")
-    # a server that never recovers is one line, and half a download never gets its final name
-    server.faults[:] = ["none"]
-    shutil.rmtree(tmp_path / "cache")
-    process = run_script(*command, tmp_path / "new", check=False, **settings)
-    *retries, last = process.stderr.splitlines()
-    assert process.returncode == 2 and re.match(r"error: hf://.* can't be fetched", last), process.stderr
-    assert len(retries) == 5 and not list((tmp_path / "cache").rglob("*.parquet"))
-    server.shutdown()
-    server.server_close()
+    faults = ["503", "429", "503", "half", "503", "half"]
+    with hub.serve_dataset({"data/train-00000.parquet": content}, faults=faults) as server:
+        settings = dict(env=hub.environment(server, tmp_path), fault="short_pauses(0.1)")
+        process = run_script(*command, tmp_path / "out", **settings)
+        assert server.faults == [] and "once more in 0.1 s" in process.stderr
+        fineweb_edu.verify(tmp_path / "out")
+        # a server that never recovers is one line, and half a download never gets its final name
+        server.faults[:] = ["none"]
+        shutil.rmtree(tmp_path / "cache")
+        process = run_script(*command, tmp_path / "new", check=False, **settings)
+        *retries, last = process.stderr.splitlines()
+        assert process.returncode == 2 and re.match(r"error: hf://.* can't be fetched", last), process.stderr
+        assert len(retries) == 5 and not list((tmp_path / "cache").rglob("*.parquet"))
     process = run_script(*command, tmp_path / "other", check=False, **settings)
     assert process.returncode == 2 and "Without network, --input" in process.stderr.splitlines()[-1]
     assert not (tmp_path / "other").exists()
@@ -243,13 +240,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.faults = []
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with hub.serve(Server, faults=[]) as server:
+        yield server
 
 
 @pytest.mark.parametrize("page", ["html", "short", "error", "torn"])
@@ -261,14 +253,13 @@ def test_a_damaged_hellaswag_download_leaves_no_file(tmp_path, faults, server, p
     assert list(path.parent.iterdir()) == []
 
 
-def test_a_hellaswag_download_is_tried_again_and_made_once(tmp_path, faults, server):
+def test_a_hellaswag_download_is_tried_again_and_made_once(tmp_path, faults):
     faults.short_pauses(0.01, count=2)
     path = tmp_path / "hellaswag" / "val.jsonl"
-    server.faults = ["/error", "/torn"]
-    assert hellaswag.download(path, f"{server.url}/good", rows=3) == path and not server.faults
+    with hub.serve(Server, faults=["/error", "/torn"]) as server:
+        url = f"{server.url}/good"
+        assert hellaswag.download(path, url, rows=3) == path and not server.faults
     assert len(list(hellaswag.iterate_examples(path))) == 3
-    server.shutdown()
-    server.server_close()
-    assert hellaswag.download(path, f"{server.url}/good", rows=3) == path  # no server is asked
+    assert hellaswag.download(path, url, rows=3) == path  # no server is asked
     with pytest.raises(UserError, match="--data"):
-        hellaswag.download(tmp_path / "other.jsonl", f"{server.url}/good", rows=3)
+        hellaswag.download(tmp_path / "other.jsonl", url, rows=3)

@@ -4,8 +4,8 @@ import base64
 import http.server
 import json
 import os
-import threading
 
+import hub
 import make
 import pytest
 import torch
@@ -134,20 +134,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_push_to_hub_uploads_all_files(whole, tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked, server.status = {}, 200
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
-           "HF_TOKEN": "hf_x", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
     command = ["checkpoint.py", "export", whole.log_dir, tmp_path / "hf", "--push_to_hub", "me/tiny"]
-    assert "uploaded: http" in run_script(*command, env=env).stdout
+    with hub.serve(Hub, asked={}, status=200) as server:
+        env = {**hub.environment(server, tmp_path), "HF_TOKEN": "hf_x"}
+        assert "uploaded: http" in run_script(*command, env=env).stdout
+        server.status = 403
+        command[3] = tmp_path / "other"
+        refused = run_script(*command, check=False, env=env)
     lines = map(json.loads, server.asked["/api/models/me/tiny/commit/main"].splitlines())
     sent = {line["value"]["path"]: base64.b64decode(line["value"]["content"])
             for line in lines if line["key"] == "file"}
     assert sent == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     assert b'"text-generation", "me/tiny"' in sent["README.md"]
-    server.status = 403
-    command[3] = tmp_path / "other"
-    assert_refused(run_script(*command, check=False, env=env), "--push_to_hub me/tiny", "403", "stands")
+    assert_refused(refused, "--push_to_hub me/tiny", "403", "stands")
     assert len(list((tmp_path / "other").iterdir())) == 6
-    server.shutdown()

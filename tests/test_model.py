@@ -201,8 +201,8 @@ def test_the_evaluation_pass_is_one_graph(gpt, monkeypatch):
 
 
 def test_the_loss_holds_one_slice_of_logits_and_no_copy_of_it(monkeypatch):
-    """The largest tensor in the loss is a slice of the logits, allocated once and updated in place. All slices
-    have the same size, since a short one would read the whole matrix for a few rows."""
+    """The largest tensor in the loss is a slice of the logits, allocated once and updated in place. All the
+    slices have one size, since a short one would read the whole matrix for a few rows."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
