@@ -1,5 +1,7 @@
 """Start, stop and read runs: the scripts as a user runs them, and what they leave in a log directory."""
 
+import contextlib
+import io
 import os
 import shutil
 import signal
@@ -11,6 +13,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
+import files
 import train_gpt2
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +69,22 @@ def run_script(*command, check=True, fault=None, env=None, timeout=280):
     )
     assert not check or process.returncode == 0, process.stdout + process.stderr
     return process
+
+
+def run_here(module, *flags):
+    """Run a script's module in this process, which saves the imports; the result is as from run_script."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    err.reconfigure(errors="backslashreplace")  # like Python's own stderr
+    status = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            files.run(module.main, module.parse_args(list(map(str, flags))))
+        except SystemExit as end:
+            status = end.code
+    for stream in (out, err):
+        stream.flush()
+    printed, told = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return subprocess.CompletedProcess(flags, status or 0, printed, told)
 
 
 def run_until_killed(*command, fault):

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from runs import ROOT, assert_refused, run_script, wait_for_line
+from runs import ROOT, assert_refused, run_here, run_script, wait_for_line
 
 import app
 import checkpoint
@@ -159,7 +159,7 @@ def test_without_gradio_it_names_the_command(tmp_path, small_run):
     (["-m", "nowhere"], ["nowhere"]), (["--port", "65536"], ["--port"]), (["-d", "tpu"], ["--device", "tpu"]),
 ])
 def test_a_wrong_value_of_a_flag_is_refused(flags, words):
-    assert_refused(run_script("app.py", *flags, check=False), *words)
+    assert_refused(run_here(app, *flags), *words)
 
 
 def test_an_address_that_can_not_be_had_is_one_line(small_run):

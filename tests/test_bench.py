@@ -1,7 +1,7 @@
 """bench.py: its arms answer and do the same work, and a wrong flag is refused at once."""
 
 import pytest
-from runs import assert_refused, run_script
+from runs import assert_refused, run_here
 
 import bench
 
@@ -13,7 +13,7 @@ import bench
     (["start", "--json", "/nowhere/bench.json"], "--json"),
 ])
 def test_a_wrong_value_of_a_flag_is_refused(flags, word):
-    assert_refused(run_script("bench.py", *flags, check=False), word)
+    assert_refused(run_here(bench, *flags), word)
 
 
 def test_an_arm_answers_and_a_dead_one_is_named():

@@ -15,7 +15,7 @@ import make
 import numpy as np
 import pyarrow
 import pytest
-from runs import assert_refused, run_script
+from runs import assert_refused, run_here, run_script
 
 import fineweb_edu
 import tokenizer
@@ -295,18 +295,17 @@ def test_tinyshakespeare_is_downloaded_once_and_known_by_its_digest(tmp_path, le
 def test_bin_shards_are_those_of_llm_c(tmp_path, texts, learned):
     """Header and ids as in https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py."""
     make.write_jsonl(tmp_path / "a.jsonl", texts[:60])
-    command = ["fineweb_edu.py", "--input", tmp_path / "a.jsonl", "--tokenizer", learned]
-    command += ["--shard_size", 30_000]
-    run_script(*command, "--data_dir", tmp_path / "npy")
-    run_script(*command, "--data_dir", tmp_path / "bin", "--format", "bin")
+    flags = ["--input", tmp_path / "a.jsonl", "--tokenizer", learned, "--shard_size", 30_000]
+    run_script("fineweb_edu.py", *flags, "--data_dir", tmp_path / "npy")
+    run_script("fineweb_edu.py", *flags, "--data_dir", tmp_path / "bin", "--format", "bin")
     run_script("fineweb_edu.py", "--verify", tmp_path / "bin")
     assert np.array_equal(stream_of(tmp_path / "bin"), stream_of(tmp_path / "npy"))
     for path in (tmp_path / "bin").glob("*.bin"):
         header = np.fromfile(path, dtype=np.int32, count=256)
         ids = np.fromfile(path, dtype=np.uint16, offset=1024)
         assert header[:3].tolist() == [20240520, 1, len(ids)] and not header[3:].any()
-    assert_refused(run_script(*command, "--data_dir", tmp_path / "bin", check=False), "file_format")
-    large = run_script(*command, "--format", "bin", "--shard_size", 2**31, check=False)
+    assert_refused(run_here(fineweb_edu, *flags, "--data_dir", tmp_path / "bin"), "file_format")
+    large = run_here(fineweb_edu, *flags, "--format", "bin", "--shard_size", 2**31)
     assert_refused(large, "--shard_size")
 
     # llm.c writes no manifest: its shards are recognized by their names
@@ -408,9 +407,8 @@ def test_verify_finds_a_flipped_bit(shards, tmp_path):
     assert verify(tmp_path / "data") > 10**5
     path = sorted((tmp_path / "data").glob("*_train_*.npy"))[1]
     make.damage(path, "one byte flipped")
-    process = run_script("fineweb_edu.py", "--verify", tmp_path / "data", check=False)
-    assert_refused(process, path.name, "digest")
-    assert_refused(run_script("fineweb_edu.py", "--verify", tmp_path, check=False), "manifest")
+    assert_refused(run_here(fineweb_edu, "--verify", tmp_path / "data"), path.name, "digest")
+    assert_refused(run_here(fineweb_edu, "--verify", tmp_path), "manifest")
 
 
 # ----------------------------------------------------------------------------------------------- the loader

@@ -16,7 +16,7 @@ import hub
 import make
 import numpy as np
 import pytest
-from runs import assert_refused, kill_all, ranks_of, read_log, run_script, start_script, train
+from runs import assert_refused, kill_all, ranks_of, read_log, run_here, run_script, start_script, train
 
 import files
 import fineweb_edu
@@ -120,16 +120,14 @@ def test_short_shards_give_each_window_once_an_epoch(tmp_path):
 # ---------------------------------------------------------------------------------------------- preparation
 
 
-def test_sigkill_during_preparation_loses_no_finished_shard(tmp_path, texts, learned):
+def test_sigkill_during_preparation_loses_no_finished_shard(tmp_path, texts, learned, faults):
     inputs = [make.write_parquet(tmp_path / name, texts * 12) for name in ("a.parquet", "b.parquet")]
-    command = ["fineweb_edu.py", "--input", *inputs, "--tokenizer", learned, "--shard_size", 100_000,
-               "--num_proc", 2, "--data_dir"]
-    several_batches = "small_batches(10**6)"
-    run_script(*command, tmp_path / "whole" / "data", fault=several_batches)
-    killed = tmp_path / "killed" / "data"
+    flags = ["--input", *inputs, "--tokenizer", learned, "--shard_size", 100_000, "--num_proc", 2,
+             "--data_dir"]
+    killed, whole = tmp_path / "killed" / "data", tmp_path / "whole" / "data"
     finished = {}
     for shards in (2, 9):
-        process = start_script(*command, killed, fault=several_batches)
+        process = start_script("fineweb_edu.py", *flags, killed, fault="small_batches(10**6)")
         while process.poll() is None and len(list(killed.glob("*.npy"))) < shards:
             time.sleep(0.005)
         kill_all(process)
@@ -143,12 +141,13 @@ def test_sigkill_during_preparation_loses_no_finished_shard(tmp_path, texts, lea
         finished = {
             shard["file"]: (killed / shard["file"]).stat().st_mtime_ns for shard in manifest["shards"]
         }
-    other_batches = run_script(*command, killed, check=False)
-    assert_refused(other_batches, str(killed), "another version")
+    assert_refused(run_here(fineweb_edu, *flags, killed), str(killed), "another version")  # larger batches
     (killed / ".data_train_000099.npy.tmp").touch()  # what a kill may leave
-    assert "going on behind" in run_script(*command, killed, fault=several_batches).stdout
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "data").iterdir()}
-    assert {path.name: path.read_bytes() for path in killed.iterdir()} == whole and len(whole) > 15
+    faults.small_batches(10**6)
+    assert "going on behind" in run_here(fineweb_edu, *flags, killed).stdout
+    run_here(fineweb_edu, *flags, whole)
+    expected = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert {path.name: path.read_bytes() for path in killed.iterdir()} == expected and len(expected) > 15
 
 
 def test_sigkill_of_a_worker_ends_the_preparation_with_the_reason(tmp_path, texts, learned):
@@ -170,12 +169,12 @@ def test_sigkill_of_a_worker_ends_the_preparation_with_the_reason(tmp_path, text
 
 def test_a_second_preparation_of_one_data_directory_is_refused(tmp_path, texts, learned):
     (tmp_path / "a.txt").write_text("\n".join(texts))
-    command = ["fineweb_edu.py", "--input", tmp_path / "a.txt", "--tokenizer", learned, "--data_dir"]
+    flags = ["--input", tmp_path / "a.txt", "--tokenizer", learned, "--data_dir", tmp_path / "data"]
     with files.locked(tmp_path / "data"):
-        process = run_script(*command, tmp_path / "data", check=False)
+        process = run_script("fineweb_edu.py", *flags, check=False)
         assert_refused(process, tmp_path / "data", "in use")
     assert not (tmp_path / "data").exists()  # it was made for the lock only
-    run_script(*command, tmp_path / "data")
+    assert run_here(fineweb_edu, *flags).returncode == 0
 
 
 # ------------------------------------------------------------------------------------ the hub and downloads

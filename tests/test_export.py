@@ -10,7 +10,7 @@ import make
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from runs import assert_refused, run_script
+from runs import assert_refused, run_here, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import checkpoint
@@ -90,13 +90,12 @@ def test_results_are_in_the_front_matter_of_the_card(whole, learned, tmp_path):
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("HellaSwag", "acc_norm", 0.2955)
 
 
-def test_what_can_not_be_exported_is_refused(whole, tmp_path):
-    command = ["checkpoint.py", "export", whole.log_dir]
-    assert_refused(run_script(*command, tmp_path, check=False), tmp_path, "new directory")
+def test_an_export_that_is_not_possible_is_refused(whole, tmp_path):
+    assert_refused(run_here(checkpoint, "export", whole.log_dir, tmp_path), tmp_path, "new directory")
     env = {"HF_HOME": str(tmp_path), "HF_TOKEN": ""}
-    process = run_script(*command, tmp_path / "hf", "--push_to_hub", "me/x", check=False, env=env)
-    assert_refused(process, "--push_to_hub", "hf auth login")
-    process = run_script("checkpoint.py", "export", tmp_path / "no", tmp_path / "hf", check=False)
+    command = ["checkpoint.py", "export", whole.log_dir, tmp_path / "hf", "--push_to_hub", "me/x"]
+    assert_refused(run_script(*command, check=False, env=env), "--push_to_hub", "hf auth login")
+    process = run_here(checkpoint, "export", tmp_path / "no", tmp_path / "hf")
     assert_refused(process, "no", "does not exist")
     assert os.listdir(tmp_path) == []
 

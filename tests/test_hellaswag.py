@@ -8,7 +8,7 @@ import make
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import assert_refused, run_script
+from runs import assert_refused, run_here, run_script
 
 import accuracy
 import hellaswag
@@ -320,8 +320,8 @@ def test_a_mistake_is_refused(tmp_path, content, flags, words):
     data = tmp_path / "data.jsonl"
     if content is not None:
         make.write_jsonl(data, [content] if content else [])
-    command = ["hellaswag.py", "-m", tmp_path / "nothing", "--data", data]
-    assert_refused(run_script(*command, *flags, check=False), *words)
+    process = run_here(hellaswag, "-m", tmp_path / "nothing", "--data", data, *flags)
+    assert_refused(process, *words)
 
 
 @pytest.mark.parametrize("flags, word", [

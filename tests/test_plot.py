@@ -7,7 +7,7 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
-from runs import assert_refused, run_script
+from runs import assert_refused, run_here, run_script
 
 import plot
 from files import UserError
@@ -237,9 +237,9 @@ def test_the_command_draws_and_refuses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plot.main(plot.parse_args([str(one), str(two)]))
     assert (tmp_path / "curves.png").exists()
-    assert_refused(run_script("plot.py", one, "--out", "curves.pdf", check=False), "curves.pdf", ".svg")
-    assert_refused(run_script("plot.py", *[one] * 8, check=False), "8 runs")
-    assert_refused(run_script("plot.py", tmp_path / "none", check=False), tmp_path / "none", "log.txt")
+    assert_refused(run_here(plot, one, "--out", "curves.pdf"), "curves.pdf", ".svg")
+    assert_refused(run_here(plot, *[one] * 8), "8 runs")
+    assert_refused(run_here(plot, tmp_path / "none"), tmp_path / "none", "log.txt")
 
 
 def test_plotting_needs_no_torch_and_names_matplotlib(tmp_path, monkeypatch):

@@ -21,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from runs import TINY
+from runs import TINY, run_here
 
 import checkpoint
 import demo
-import files
 import fineweb_edu
 import hellaswag
 import sample
@@ -100,23 +99,14 @@ def deepened(text):
     return text.replace("deep", "[" * 100_000)
 
 
-def run_here(module, flags):
+def run(module, *flags):
     """Run a script in this process; return its status and stdout. A refusal must be one line."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    err.reconfigure(errors="backslashreplace")  # like Python's own stderr
-    status = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            files.run(module.main, module.parse_args(flags))
-        except SystemExit as end:
-            status = end.code
-    for stream in (out, err):
-        stream.flush()
-    printed, told = (stream.buffer.getvalue().decode() for stream in (out, err))
-    if status == 2:
-        lines = told.strip().split("\n")
-        assert "error: " in lines[-1] and len(lines) <= 1 + told.startswith("usage:"), told
-    return status, printed
+    process = run_here(module, *flags)
+    if process.returncode == 2:
+        lines = process.stderr.strip().split("\n")
+        usage = process.stderr.startswith("usage:")
+        assert "error: " in lines[-1] and len(lines) <= 1 + usage, process.stderr
+    return process.returncode, process.stdout
 
 
 # ------------------------------------------------------------------------------------------ flags and configs
@@ -248,7 +238,7 @@ def log_dir(shards, tmp_path_factory):
     """A run of two steps that was stopped after the first."""
     log_dir = tmp_path_factory.mktemp("properties") / "log"
     flags = [*TINY, "--max_steps", "2", "--save_every", "1", "--val_every", "1"]
-    status, _ = run_here(train_gpt2, [*flags, "--data_dir", str(shards), "--log_dir", str(log_dir)])
+    status, _ = run(train_gpt2, *flags, "--data_dir", shards, "--log_dir", log_dir)
     assert status == 0
     shutil.rmtree(log_dir / "ckpt_000002")
     return log_dir
@@ -276,7 +266,7 @@ def test_any_prompt_is_continued_or_refused_in_one_line(log_dir, data, prompt, f
         elif prompt is not None:
             argv += [f"--prompt={prompt}"]
             prompt = False if prompt.startswith("@") else prompt
-        status, printed = run_here(sample, argv + ["--int8"] * int8)
+        status, printed = run(sample, *argv, *["--int8"] * int8)
     n, k, p = flags.get("num_samples", 1), flags.get("top_k", 1), flags.get("top_p", 1)
     allowed = (prompt is not False and n >= 1 and 0 <= flags.get("seed", 0) < 2**63 and k >= 1 and 0 < p <= 1
                and flags["max_new_tokens"] >= 0 and 0 <= flags.get("temperature", 1) < math.inf)
@@ -337,7 +327,7 @@ def test_any_meta_json_is_a_checkpoint_or_a_damaged_one(log_dir, data):
         newest, skipped = checkpoint.latest(path)
         assert (newest is None) == (len(skipped) == 1) and not (valid and newest is None)
         for command in ("list", "verify"):
-            status, printed = run_here(checkpoint, [command, str(path)])
+            status, printed = run(checkpoint, command, path)
             assert printed.count("\n") == 1 and status == (0 if newest else 1) or command == "list"
 
 
@@ -352,7 +342,7 @@ def test_resuming_with_any_meta_json_finishes_or_is_refused_in_one_line(shards, 
         make.write_meta(path / "log" / "ckpt_000001", meta)
         flags += ["--data_dir", str(shards), "--log_dir", str(path / "log")]
         flags += ["--dtype", data.draw(st.sampled_from(["float32", "float16"]))]
-        status, printed = run_here(train_gpt2, flags)
+        status, printed = run(train_gpt2, *flags)
         assert status in (0, 2) and ("finished." in printed) == (status == 0)
         if status == 0:
             assert checkpoint.load(path / "log" / "ckpt_000002")[1]["step"] == 2
@@ -546,7 +536,7 @@ def test_any_manifest_opens_its_shards_or_is_refused_in_one_line(shards, interru
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fineweb_edu, "hub_files", lambda *_: [str(interrupted[0][0])])
             flags = ["--data_dir", str(data_dir), "--dataset", "a/b", "--tokenizer", interrupted[3]]
-            assert run_here(fineweb_edu, flags)[0] == 2
+            assert run(fineweb_edu, *flags)[0] == 2
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -625,7 +615,7 @@ def check_run(shards, flags):
                       hellaswag_data=path / "hellaswag.jsonl")
         argv = [f"--{flag}={value}" for flag, value in values.items() if flag != "bias"]
         argv += ["--bias" if args.bias else "--no-bias", "--no-compile", "--no-plot"]
-        status, printed = run_here(train_gpt2, argv)
+        status, printed = run(train_gpt2, *argv)
         log_dir = values["log_dir"]
         if status == 2 and not os.path.isdir(log_dir):  # Path.is_dir raises where a name is too long
             assert not meant and [child.name for child in path.iterdir()] == ["hellaswag.jsonl"]

@@ -12,7 +12,7 @@ import weakref
 import make
 import pytest
 import torch
-from runs import ROOT, assert_refused, run_script, sources
+from runs import ROOT, assert_refused, run_here, run_script, sources
 
 import checkpoint
 import sample
@@ -22,18 +22,19 @@ from tokenizer import get_tokenizer
 
 def test_samples_follow_the_prompt_and_the_seed(small_run, tmp_path):
     (tmp_path / "prompt.txt").write_text("The quick\nbrown fox")
-    command = ["sample.py", "-m", small_run, "-d", "cpu", "--max_new_tokens", 50]
-    first = run_script(*command, "-p", f"@{tmp_path}/prompt.txt", "-n", 3).stdout
+    flags = ["-m", small_run, "-d", "cpu", "--max_new_tokens", 50]
+    prompt = ["-p", f"@{tmp_path}/prompt.txt", "-n", 3]
+    first = run_script("sample.py", *flags, *prompt).stdout
     assert first.count("The quick\nbrown fox") == 3 and first.count("-" * 40) == 2
-    assert run_script(*command, "-p", f"@{tmp_path}/prompt.txt", "-n", 3).stdout == first  # the seed is fixed
-    assert run_script(*command, "-p", f"@{tmp_path}/prompt.txt", "-n", 3, "--seed", 2).stdout != first
-    long = run_script(*command, "-p", "word " * 100)
+    assert run_here(sample, *flags, *prompt).stdout == first  # the seed is fixed
+    assert run_here(sample, *flags, *prompt, "--seed", 2).stdout != first
+    long = run_here(sample, *flags, "-p", "word " * 100)
     assert "the model reads the last 32" in long.stderr and long.stdout.startswith("word word")
 
 
 def test_int8_samples_are_reproducible(small_run):
-    command = ["sample.py", "-m", small_run, "-d", "cpu", "-p", "The", "--max_new_tokens", 20, "--int8"]
-    assert run_script(*command).stdout == run_script(*command).stdout != "The\n"
+    flags = ["-m", small_run, "-d", "cpu", "-p", "The", "--max_new_tokens", 20, "--int8"]
+    assert run_script("sample.py", *flags).stdout == run_here(sample, *flags).stdout != "The\n"
 
 
 def gpt():
@@ -180,7 +181,7 @@ def test_an_empty_prompt_starts_a_document(learned):
     (["-m", "nowhere"], ["nowhere", "gpt2"]),
 ])
 def test_a_wrong_value_of_a_flag_is_refused(small_run, flags, words):
-    assert_refused(run_script("sample.py", "-m", small_run, *flags, check=False), *words)
+    assert_refused(run_here(sample, "-m", small_run, *flags), *words)
 
 
 def test_gpt2_without_network_is_one_line(tmp_path):

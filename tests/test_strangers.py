@@ -6,10 +6,11 @@ import re
 import make
 import pytest
 import torch
-from runs import assert_refused, copy_run, run_script, sources, train
+from runs import assert_refused, copy_run, run_here, run_script, sources, train
 from safetensors.torch import load_file, save
 
 import checkpoint
+import hellaswag
 from files import UserError
 
 
@@ -54,7 +55,7 @@ def test_a_malicious_pickle_is_never_loaded_as_a_model(tmp_path, attack, malicio
 def test_the_scripts_refuse_a_malicious_pickle(tmp_path, attack, malicious_hf):
     (tmp_path / "ckpt.pt").write_bytes(attack)
     data = make.write_jsonl(tmp_path / "data.jsonl", [make.ROW])
-    process = run_script("hellaswag.py", "--data", data, "-m", tmp_path / "ckpt.pt", check=False)
+    process = run_here(hellaswag, "--data", data, "-m", tmp_path / "ckpt.pt")
     assert_refused(process, "ckpt.pt", "not a checkpoint")
     assert_refused(run_script("sample.py", "-m", malicious_hf, check=False), "hf", "code of a stranger's")
 

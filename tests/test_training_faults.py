@@ -30,6 +30,7 @@ from runs import (
     kill_all,
     ranks_of,
     read_log,
+    run_here,
     run_script,
     run_until_killed,
     start_script,
@@ -39,6 +40,7 @@ from runs import (
 
 import checkpoint
 import files
+import train_gpt2
 from files import UserError
 from train_gpt2 import DataLoaderLite
 
@@ -134,7 +136,7 @@ def whole_of_ranks(shards, tmp_path_factory):
     return whole
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sigkill_of_all_ranks(shards, whole_of_ranks, tmp_path, ranks):
     flags = flags_of(shards, tmp_path / "log", "--micro_batch_size", 8 // ranks)
     process = start_script("torchrun", ranks, "train_gpt2.py", *flags)
@@ -352,7 +354,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_located(shards, tmp_path, what
 @pytest.mark.parametrize("save_every", [1, 4])
 def test_a_run_that_diverges_stops_and_saves_only_finite_weights(shards, tmp_path, save_every):
     flags = ["--max_lr", "1e30", "--warmup_steps", 0, "--save_every", save_every, "--val_every", 1]
-    process = run_script("train_gpt2.py", *flags_of(shards, tmp_path / "log", *flags), check=False)
+    process = run_here(train_gpt2, *flags_of(shards, tmp_path / "log", *flags))
     assert_refused(process, "not finite" if "not finite" in process.stderr else "nan", "--max_lr")
     assert re.search(r"step \d+ .*(nan|inf|not finite)", process.stderr)
     for path in checkpoint.numbered(tmp_path / "log"):
@@ -383,7 +385,7 @@ def test_a_full_disk_ends_the_run_in_one_line(shards, whole, tmp_path, full_at):
 
 def test_a_log_directory_that_can_not_be_written_is_refused(shards, tmp_path):
     (tmp_path / "file").write_text("")
-    process = run_script("train_gpt2.py", *flags_of(shards, tmp_path / "file" / "log"), check=False)
+    process = run_here(train_gpt2, *flags_of(shards, tmp_path / "file" / "log"))
     assert_refused(process, tmp_path / "file" / "log", "can't be written")
     assert process.stdout == ""
 
@@ -394,7 +396,7 @@ def test_a_second_run_on_one_log_directory_is_refused(shards, tmp_path):
     fault = 'import subprocess; at_step(0, lambda: subprocess.Popen(["sleep", "60"], close_fds=False))'
     process = start_script("train_gpt2.py", *flags, fault=fault)
     wait_for_line(process, "step     5 |")
-    assert_refused(run_script("train_gpt2.py", *flags, "--resume", check=False), tmp_path / "log", "in use")
+    assert_refused(run_here(train_gpt2, *flags, "--resume"), tmp_path / "log", "in use")
     sleeping = ranks_of(process)
     process.kill()
     process.wait()
