@@ -1,26 +1,27 @@
-"""A web page to try a GPT-2: it continues a prompt, and shows how likely each token was and what else might
-have come.
+"""A web page to try a GPT-2: it continues a prompt, and shows each token's probability and alternatives.
 
-    python app.py                       # the newest checkpoint of log/, gpt2 where there is none
+    python app.py                       # the newest checkpoint of log/, or gpt2 if there is none
     python app.py -m log_demo --port 7861
 
-It needs `pip install gradio`, answers this machine alone unless --host says otherwise, and runs unchanged as
-a Space of Hugging Face, which calls it without flags.
+It needs `pip install gradio`. Without --host, only this machine can open the page. It runs unchanged as a
+Hugging Face Space, which starts it without flags.
 """
 
 import argparse
 import codecs
 import contextlib
+import importlib.util
+import math
 import socket
 import time
 from bisect import bisect
 from html import escape
 from pathlib import Path
 
-from files import UserError, run
+from kit.flags import integer
 
 PAUSE = 0.05  # seconds between two updates of a page
-ALTERNATIVES = 6  # likeliest tokens to show for each one drawn
+ALTERNATIVES = 6  # most likely tokens to show for each position
 LEVELS = (0.01, 0.1, 0.5, 0.9)  # probabilities at which the colour changes
 EXAMPLES = ("Hello, I'm a language model,", "Return the", "Once upon a time", "The capital of France is")
 
@@ -87,65 +88,66 @@ def parse_args(argv=None):
     parser.add_argument("-m", "--model_type", default="log" if list(Path("log").glob("ckpt_*")) else "gpt2",
                         help="a run's log directory (its newest checkpoint), one checkpoint, gpt2, "
                              "gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory; here %(default)s")
-    parser.add_argument("-d", "--device", help="cuda, mps or cpu (found by itself)")
-    parser.add_argument("--host", help="0.0.0.0 answers other machines too (GRADIO_SERVER_NAME, 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="(GRADIO_SERVER_PORT, else the first free one from 7860 on)")
-    args = parser.parse_args(argv)
-    if args.port is not None and not 0 < args.port < 65536:
-        parser.error("argument --port: must lie between 1 and 65535")
-    return args
+    parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
+    parser.add_argument("--host", help="0.0.0.0 lets other machines open the page "
+                                       "(default: GRADIO_SERVER_NAME, or 127.0.0.1)")
+    parser.add_argument("--port", type=integer(1, 65535),
+                        help="(default: GRADIO_SERVER_PORT, or the first free one from 7860 on)")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
+    args = parse_args()
 
-import torch  # noqa: E402
+import torch
 
-from checkpoint import load_model_and_tokenizer, pick_device, read_meta, resolve  # noqa: E402
-from packed import pack  # noqa: E402
-from sample import encode_prompt  # noqa: E402
+from checkpoint import load_model_and_tokenizer, read_meta, resolve
+from kit.device import pick_device
+from kit.files import UserError, run_script
+from kit.packed import pack
+from sample import encode_prompt
 
 
 def token_html(tokenizer, token, text, probs):
-    """A token as HTML, coloured by its probability; in data-list the likeliest in its place, one a line.
+    """A token as HTML, coloured by its probability. data-list holds the most likely ones, one per line.
 
-    text: the characters that it completes, none for a part of one. probs: of all tokens, (V,).
+    text: the characters that it completes, empty for a part of one. probs: of all tokens, (V,).
     """
     top = probs.topk(min(ALTERNATIVES, len(probs)))
     shown = dict(zip(top.indices.tolist(), top.values.tolist()))
-    shown.setdefault(token, probs[token].item())  # last, where it is none of the likeliest
+    shown.setdefault(token, probs[token].item())  # last, if it is not among the most likely
     rows = []
     for other, prob in shown.items():
         piece = tokenizer.decode_single_token_bytes(other)
-        with contextlib.suppress(UnicodeDecodeError):  # a part of a character is shown as its bytes
+        with contextlib.suppress(UnicodeDecodeError):  # a part of a character is shown as bytes
             piece = piece.decode()
         rows.append(f"{prob:7.2%} {'>' if other == token else ' '} {piece!r}")
     level, likeliest = bisect(LEVELS, shown[token]), "\n".join(rows)
-    # what has no character of its own needs something to point at
+    # a token without a visible character needs something to point at
     mark = "<|endoftext|>" if token == tokenizer.eot_token else "·" if not text else "↵" * (text == "\n")
     return (f'<span class="token level{level}" tabindex="0" data-mark="{escape(mark)}" '
             f'data-list="{escape(likeliest)}">{escape(text)}</span>')
 
 
 def write(model, tokenizer, prompt, temperature, top_k, top_p, max_new_tokens, seed):
-    """Yield the prompt and its continuation as HTML that grows, at most every PAUSE seconds.
+    """Yield the prompt and its growing continuation as HTML, at most every PAUSE seconds.
 
-    top_k 0 leaves all tokens, as top_p 1 does. Ends at <|endoftext|>. Raises UserError for a prompt or seed
-    that is none, ValueError as GPT.stream.
+    top_k 0 and top_p 1 keep all tokens. Ends at <|endoftext|>. Raises UserError for a missing prompt or an
+    invalid seed, ValueError as GPT.stream.
     """
     if not prompt:
-        raise UserError("There is no prompt: type a few words for the model to continue.")
+        raise UserError("The prompt is empty: type a few words for the model to continue.")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise UserError("The seed must be a whole number from 0 to 2**63 - 1.")
     device = model.transformer.wte.weight.device
     idx = encode_prompt(prompt, tokenizer).to(device)  # (1, T)
     html, tokens, block_size = "", idx.size(1), model.config.block_size
     if tokens > block_size:
-        html = f'<p class="note">The prompt has {tokens} tokens, the model reads the last {block_size}.</p>'
+        html = f'<p class="note">The prompt has {tokens} tokens: the model reads the last {block_size}.</p>'
     html += f'<span class="prompt">{escape(prompt)}</span>'
     generator = torch.Generator(device).manual_seed(seed)
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may take several tokens
-    shown = 0.0
+    shown = -math.inf  # not 0: time.monotonic() may count from boot
     for new, logits in model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, generator,
                                     with_logits=True):
         token = new.item()
@@ -190,11 +192,11 @@ def serve(model, tokenizer, name, facts, **settings):
                     gr.Slider(1, 512, 128, step=1, precision=0, label="New tokens"),
                     gr.Number(1337, precision=0, label="Seed", info="same seed, same text"),
                 ]
-        # a few visitors at once; each holds a KV cache, so that more of them wait in line
+        # a few visitors at once; others wait, because each one needs a KV cache
         writing = gr.on([start.click, prompt.submit], respond, inputs, text, show_progress="hidden",
                         concurrency_limit=4, api_name="generate")
         stop.click(None, cancels=writing)
-    theme = gr.themes.Default(primary_hue="blue", font=gr.themes.Font("system-ui"))  # no font is fetched
+    theme = gr.themes.Default(primary_hue="blue", font=gr.themes.Font("system-ui"))  # downloads no font
     page.launch(theme=theme, css=CSS, footer_links=["gradio"], run_history=False, **settings)
     return page
 
@@ -202,14 +204,12 @@ def serve(model, tokenizer, name, facts, **settings):
 def main(args):
     device, source = pick_device(args.device), resolve(args.model_type)
     host, port = args.host or "127.0.0.1", args.port or 0
-    try:  # gradio would try for minutes
+    try:  # gradio itself would retry for minutes
         socket.create_server((host, port)).close()
     except OSError as error:
-        raise UserError(f"--host {host} --port {port}: no page can be served there ({error})") from error
-    try:
-        import gradio  # noqa: F401
-    except ImportError:
-        raise UserError("the page is made with gradio, which is not installed: pip install gradio") from None
+        raise UserError(f"--host {host} --port {port}: the page can't be served there ({error})") from error
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the page needs gradio, which is not installed: pip install gradio")
     model, tokenizer = load_model_and_tokenizer(source, device)
     name = Path(source).name
     facts = f"{model.num_params():,} parameters, a context of {model.config.block_size:,} tokens"
@@ -222,4 +222,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, args)
+    run_script(main, args)

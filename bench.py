@@ -1,18 +1,17 @@
-"""How fast is it, next to its peers and to the machine's limit? All arms of a row run in turn, in one run.
+"""How fast is it, compared with its peers and with the machine's limit?
 
     python bench.py all                                     # or train, hellaswag, sample, data, start
     python bench.py train --peer nanoGPT=../nanoGPT --peer build-nanogpt=../build-nanogpt
     python bench.py all --json log/bench.json
 
-Each arm is a process of its own, so that no setting of one reaches another. The peers come one at a time, and
-a round is one unit of work by this project, with the limit measured before and behind it, and one by the
-peer: L A L B L A L B ... A ratio is the median of the rounds, with its range, for the speed of a machine
-drifts. The model is the 124M with random weights, which cost what trained ones do.
+Each contestant ("arm") runs in a process of its own, so that no setting of one affects another. The arms take
+turns: a round is one unit of work by this project, with the limit measured before and after it, and one by a
+peer: L A L B L A L B ... A ratio is the median over the rounds, with its range, because a machine's speed
+drifts. The model is the 124M with random weights, which take as long as trained ones.
 
-The limits are measured in the same rounds. Training and HellaSwag: the rate of the fastest products known of
-the model's own shapes, training's FLOPs counted with causal attention, HellaSwag's without any. Sampling: the
-products alone, of as many rows as are sampled with each of the weights. The data: one thread of the tokenizer
-times the cores.
+The limits are measured in the same rounds. Training and HellaSwag: the fastest known matmuls of the model's
+own shapes, where training's FLOPs count causal attention and HellaSwag's no attention. Sampling: the matmuls
+alone, with as many rows as are sampled. Data: one thread of the tokenizer times the number of cores.
 """
 
 import argparse
@@ -21,6 +20,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+from kit.flags import integer
 
 PARTS = ("train", "hellaswag", "sample", "data", "start")
 PROMPT = [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # "Hello, I'm a language model,"
@@ -32,26 +33,24 @@ def parse_args(argv=None):
         usage="python bench.py {train,hellaswag,sample,data,start,all} [--flag value ...]",
     )
     parser.add_argument("part", choices=(*PARTS, "all"))
-    parser.add_argument("--device", help="cuda or cpu; found by itself")
+    parser.add_argument("--device", help="cuda or cpu (default: auto-detected)")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=DIR",
                         help="a checkout of nanoGPT or build-nanogpt")
-    parser.add_argument("--rounds", type=int, default=3, help="of each comparison, three of the data at most")
-    parser.add_argument("--hellaswag_data", metavar="FILE", help="examples; downloaded unless given")
+    parser.add_argument("--rounds", type=integer(1), default=3, help="per comparison; at most 3 for the data")
+    parser.add_argument("--hellaswag_data", metavar="FILE", help="examples (default: downloaded)")
     parser.add_argument("--text", nargs="+", metavar="FILE",
-                        help=".parquet with a column text; made of the installed packages' text unless given")
-    parser.add_argument("--json", metavar="OUT", help="write every figure to this file")
+                        help=".parquet files with a column text (default: text of the installed packages)")
+    parser.add_argument("--json", metavar="OUT", help="write all numbers to this file")
     args = parser.parse_args(argv)
     args.peers = {}
     for peer in args.peer:
         name, _, directory = peer.partition("=")
         if name not in ("nanoGPT", "build-nanogpt") or not Path(directory, "train_gpt2.py" if "-" in name
                                                                 else "model.py").is_file():
-            parser.error(f"argument --peer: {peer}: nanoGPT=DIR or build-nanogpt=DIR, a checkout of it")
+            parser.error(f"argument --peer: {peer}: must be nanoGPT=DIR or build-nanogpt=DIR")
         args.peers[name] = directory
-    if args.rounds < 1:
-        parser.error("argument --rounds: must be at least 1")
     for flag, paths in (("hellaswag_data", [args.hellaswag_data]), ("text", args.text or [])):
-        for path in paths:  # now, and not behind half an hour of other parts
+        for path in paths:  # now, not after half an hour of other parts
             if path and not Path(path).is_file():
                 parser.error(f"argument --{flag}: {path}: no such file")
     if args.json and not Path(args.json).parent.is_dir():
@@ -60,25 +59,22 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__" and sys.argv[1:2] != ["--arm"]:
-    args = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
+    args = parse_args()
 
-import ast  # noqa: E402
-import importlib.util  # noqa: E402
-import math  # noqa: E402
-import multiprocessing  # noqa: E402
-import platform  # noqa: E402
-import random  # noqa: E402
-import resource  # noqa: E402
-import statistics  # noqa: E402
-import sysconfig  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-import types  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
-from functools import partial  # noqa: E402
+import contextlib
+import math
+import platform
+import random
+import resource
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from files import UserError, atomic_write, run  # noqa: E402
-from tokenizer import get_fast_tokenizer  # noqa: E402
+from kit import peers
+from kit.files import UserError, atomic_write, run_script
+from tokenizer import get_fast_tokenizer
 
 # ---------------------------------------------------------------------------------------- in an arm's process
 
@@ -90,70 +86,42 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def gpt(device, peer=None, directory=None):
-    """A random 124M and what its own loop would do with it: (model, loss of (x, y), optimizer, compiled)."""
+def gpt(device, name="ours", directory=None):
+    """A random 124M and what its own training loop does with it: (model, loss, optimizer, compiled).
+
+    loss: a function of (model, x, y). See `kit.peers.load`.
+    """
     import torch
     import torch.nn.functional as F
 
     from model import GPT, GPTConfig
 
     torch.manual_seed(0)
-    adamw = dict(lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    if peer in ("transformers", "transformers compiled"):
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        quiet = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        model = GPT2LMHeadModel(GPT2Config(**quiet)).to(device).train()
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **adamw)  # its Trainer's default
-        # it shifts the labels itself, so that its loss is of T - 1 targets
-        return model, lambda m, x, y: m(x, labels=x).loss, optimizer, peer.endswith("compiled")
-    if peer == "nanoGPT":
-        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(directory, "model.py"))
-        theirs = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(theirs)
-        model = theirs.GPT(theirs.GPTConfig(dropout=0.0, bias=False)).to(device)  # as its train.py has it
-        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)
-        return model, lambda m, x, y: m(x, y)[1], optimizer, True
-    if peer == "build-nanogpt":  # its file trains when imported: only what it defines is taken
-        tree = ast.parse(Path(directory, "train_gpt2.py").read_text())
-        kept = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
-        tree.body = [node for node in tree.body if isinstance(node, kept)]
-        theirs = types.ModuleType("build_nanogpt")
-        sys.modules["build_nanogpt"] = theirs
-        sys.path.append(directory)
-        exec(compile(tree, "train_gpt2.py", "exec"), theirs.__dict__)
-        theirs.master_process = False
-        model = theirs.GPT(theirs.GPTConfig(vocab_size=50304)).to(device)
-        optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=6e-4, device_type=device)
-        return model, lambda m, x, y: m(x, y)[1], optimizer, False
-    model = GPT(GPTConfig()).to(device)
-    if peer == "tutorial":  # all logits at once, nothing compiled, nothing fused
-        optimizer = torch.optim.AdamW(model.parameters(), **adamw)
-        return (model, lambda m, x, y: F.cross_entropy(m(x)[0].flatten(0, 1), y.flatten()), optimizer, False)
-    return model, lambda m, x, y: m(x, y)[1], model.configure_optimizers(0.1, 6e-4, device), True
+    if name.startswith("ours") or name in ("limit", "tutorial"):
+        model = GPT(GPTConfig()).to(device)
+        if name == "tutorial":  # all logits at once, nothing compiled, nothing fused
+            optimizer = torch.optim.AdamW(model.parameters(), **peers.ADAMW)
+            return (model, lambda m, x, y: F.cross_entropy(m(x)[0].flatten(0, 1), y.flatten()), optimizer,
+                    False)
+        return model, lambda m, x, y: m(x, y)[1], model.configure_optimizers(0.1, 6e-4, device), True
+    return peers.load(name, device, directory)
 
 
 def train_arm(name, device, B, T, directory=None):
-    """A unit is an optimizer step on B x T tokens; on a GPU ten of them, and their mean."""
-    import contextlib
-
+    """A unit is an optimizer step on B x T tokens; on a GPU, the mean of ten steps."""
     import torch
 
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")
-    autocast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
-    if name == "ours":
-        from train_gpt2 import compile_model, tune_host, tune_products
+    from kit.device import compile_model, tune
 
-        tune_host()
-        if device == "cpu":
-            tune_products()
+    if name == "ours" or device == "cuda":
+        tune(device, training=True)
+    autocast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
     model, loss_of, optimizer, compiled = gpt(device, name, directory)
     if compiled:
         model = compile_model(model, device) if name == "ours" else torch.compile(model)
     generator = torch.Generator().manual_seed(0)
 
-    steps = 10 if device == "cuda" else 1  # a single one would be over before a GPU is at its steady clock
+    steps = 10 if device == "cuda" else 1  # a single step ends before a GPU reaches its steady clock
 
     def unit(number):
         tokens = torch.randint(50257, (B, T + 1), generator=generator).to(device)
@@ -175,42 +143,38 @@ def train_arm(name, device, B, T, directory=None):
     return unit
 
 
-def products_arm(device, rows, backward):
-    """A unit is each matrix product of a forward (and backward) pass over `rows` tokens once: the FLOP/s."""
+def matmul_arm(device, rows, backward):
+    """A unit is each matmul of a forward (and backward) pass over `rows` tokens once, in FLOP/s."""
     import torch
 
-    from model import row_slices
-    from packed import fp32_linear, onednn_is_faster
-    from train_gpt2 import tune_host, tune_products
+    from kit.device import tune
+    from kit.loss import row_slices
+    from kit.packed import fp32_linear, onednn_is_faster
 
-    tune_host()
-    if device == "cpu":
-        tune_products()
-    else:
-        torch.set_float32_matmul_precision("high")
-    dtype = torch.bfloat16 if device == "cuda" and backward else torch.float32  # HellaSwag's are TF32
+    tune(device, training=True)
+    dtype = torch.bfloat16 if device == "cuda" and backward else torch.float32  # HellaSwag uses TF32
     repeat = 10 if device == "cuda" else 1
 
-    def product(a, b):
+    def matmul(a, b):
         return partial(torch.mm, a, b, out=torch.empty(len(a), b.size(1), device=device, dtype=dtype))
 
     C, head = 768, 50304
-    products = []  # (the ways to compute it, how often it comes, its FLOPs)
+    matmuls = []  # (the ways to compute it, how often it occurs, its FLOPs)
     for fan_in, fan_out, layers in ((C, 3 * C, 12), (C, C, 12), (C, 4 * C, 12), (4 * C, C, 12), (C, head, 1)):
         x = torch.randn(rows, fan_in, device=device, dtype=dtype)
         if fan_out == head:
-            x = x[row_slices(x, head)[0]]  # its rows come in slices
+            x = x[row_slices(x, head)[0]]  # the loss is computed in slices
         w = torch.randn(fan_out, fan_in, device=device, dtype=dtype)
-        if device == "cpu" and not backward and onednn_is_faster():  # packed, for the weights stay
+        if device == "cpu" and not backward and onednn_is_faster():  # weights that do not change are packed
             ways = [[partial(fp32_linear(torch.nn.Linear(fan_in, fan_out, bias=False)), x)]]
         else:
-            ways = [[product(x, w.t())]]
+            ways = [[matmul(x, w.t())]]
         if backward:
             g = torch.randn(len(x), fan_out, device=device, dtype=dtype)
-            # a processor is faster at the head's dX the one way, another one the other way
-            dx = [product(g, w)] + ([product(w.t(), g.t())] if fan_out == head else [])
-            ways += [dx, [product(g.t(), x)]]
-        products += [(calls, layers * rows / len(x), 2 * len(x) * fan_in * fan_out) for calls in ways]
+            # which way is faster for the head's dX depends on the processor
+            dx = [matmul(g, w)] + ([matmul(w.t(), g.t())] if fan_out == head else [])
+            ways += [dx, [matmul(g.t(), x)]]
+        matmuls += [(calls, layers * rows / len(x), 2 * len(x) * fan_in * fan_out) for calls in ways]
 
     def seconds_of(call):
         call()
@@ -224,7 +188,7 @@ def products_arm(device, rows, backward):
     @torch.no_grad()
     def unit(number):
         seconds = flops = 0
-        for calls, count, cost in products:
+        for calls, count, cost in matmuls:
             seconds += count * min(map(seconds_of, calls))
             flops += count * cost
         return dict(rate=flops / seconds)
@@ -234,29 +198,27 @@ def products_arm(device, rows, backward):
 
 
 def hellaswag_arm(name, device, data, chunk):
-    """Unit n is the n-th `chunk` of the examples: all of it for us, whose batches have the less padding the
-    more there are, every twelfth example for a peer, which takes one at a time anyway."""
+    """Unit n is the n-th chunk of `chunk` examples. We score all of it, because larger batches need less
+    padding; a peer scores every twelfth example, one at a time."""
     import torch
     import torch.nn.functional as F
 
     import hellaswag
-    from packed import onednn_is_faster, pack
+    from kit.device import tune
+    from kit.packed import onednn_is_faster, pack
     from tokenizer import get_tokenizer
-    from train_gpt2 import tune_host
 
-    model = gpt(device, "transformers" if name == "transformers" else None)[0].eval()
-    if name == "ours":  # as hellaswag.py does
-        tune_host()
-        if device == "cpu" and onednn_is_faster():
-            pack(model)
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")
+    if name == "ours" or device == "cuda":
+        tune(device)
+    model = gpt(device, name)[0].eval()
+    if name == "ours" and device == "cpu" and onednn_is_faster():  # as in hellaswag.py
+        pack(model)
     tokenizer, examples = get_tokenizer("gpt2"), list(hellaswag.iterate_examples(data))
     random.Random(0).shuffle(examples)  # the file begins with the short ones
 
     @torch.no_grad()
     def one_at_a_time(example):
-        """Four rows padded to the longest, all of their logits, and the loss behind the context."""
+        """Four rows padded to the longest, all of their logits, and the loss after the context."""
         context, endings = hellaswag.render_example(example, tokenizer)
         length = len(context) + max(map(len, endings))
         ids = torch.tensor([context + e + [0] * (length - len(context) - len(e)) for e in endings]).to(device)
@@ -284,15 +246,15 @@ def hellaswag_arm(name, device, data, chunk):
 
 
 def sample_arm(name, device, batch_size, directory=None):
-    """A unit is 128 greedy tokens behind a prompt of eight, for each row of a batch."""
+    """A unit is 128 greedy tokens after a prompt of eight, for each row of a batch."""
     import torch
 
-    from packed import fp32_linear, pack
+    from kit.packed import fp32_linear, pack
 
     torch.set_grad_enabled(False)
     prompt = torch.tensor([PROMPT] * batch_size).to(device)
-    model = gpt(device, None if name.startswith("ours") else name, directory)[0].eval()
-    if name == "limit" and device == "cuda":  # all weights read once: small products would be launches
+    model = gpt(device, name, directory)[0].eval()
+    if name == "limit" and device == "cuda":  # read all weights once: small matmuls would measure launches
         weights = torch.cat([parameter.flatten() for parameter in model.parameters()])
 
         def generate():
@@ -301,12 +263,12 @@ def sample_arm(name, device, batch_size, directory=None):
     elif name == "limit":
         layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
         inputs = [torch.randn(batch_size, layer.in_features, device=device) for layer in layers]
-        products = list(map(fp32_linear, layers))
+        matmuls = list(map(fp32_linear, layers))
 
         def generate():
             for _ in range(128):
-                for product, x in zip(products, inputs):
-                    product(x)
+                for matmul, x in zip(matmuls, inputs):
+                    matmul(x)
     elif name == "transformers":
         def generate():
             return model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
@@ -314,7 +276,7 @@ def sample_arm(name, device, batch_size, directory=None):
     elif name == "nanoGPT":
         def generate():
             return model.generate(prompt, 128, top_k=1)
-    elif name == "tutorial":  # all logits of all tokens, anew for each
+    elif name == "tutorial":  # all logits of all tokens, again for each new token
         def generate():
             tokens = prompt
             for _ in range(128):
@@ -323,7 +285,7 @@ def sample_arm(name, device, batch_size, directory=None):
     else:
         plain = model.generate(prompt, 128, temperature=0)
         predicted = model(plain)[0].argmax(-1)
-        if device == "cpu":  # as sample.py does
+        if device == "cpu":  # as in sample.py
             pack(model, int8=name.endswith("int8"))
         agreement = (model(plain)[0].argmax(-1) == predicted).float().mean().item()
 
@@ -342,9 +304,9 @@ def sample_arm(name, device, batch_size, directory=None):
 
 
 def arm(work, **settings):
-    """Serve one arm: a line on stdin asks for the unit of that number, a line of JSON on stdout answers."""
+    """Serve one arm: a line on stdin asks for the unit with that number, a line of JSON on stdout answers."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    arms = dict(train=train_arm, hellaswag=hellaswag_arm, sample=sample_arm, products=products_arm)
+    arms = dict(train=train_arm, hellaswag=hellaswag_arm, sample=sample_arm, matmul=matmul_arm)
     unit = arms[work](**settings)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
@@ -353,7 +315,7 @@ def arm(work, **settings):
 
 
 def peak_bytes(device):
-    """The most memory that this process has held, on a GPU if it works on one."""
+    """The peak memory of this process, or of its GPU."""
     if device == "cuda":
         import torch
 
@@ -365,19 +327,19 @@ def peak_bytes(device):
 
 
 class Arm:
-    """An arm in a process of its own, which works when it is called."""
+    """An arm in a process of its own. Calling it runs a unit."""
 
     def __init__(self, **settings):
-        self.request, self.words = json.dumps(settings), tempfile.TemporaryFile("w+")
+        self.request, self.stderr = json.dumps(settings), tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen([sys.executable, __file__, "--arm", self.request], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr)
         self.answer()
 
     def answer(self):
         line = self.process.stdout.readline()
         if not line:
-            self.words.seek(0)
-            sys.exit(f"error: the arm {self.request} ended: {self.words.read()[-2000:]}")
+            self.stderr.seek(0)
+            sys.exit(f"error: the arm {self.request} ended: {self.stderr.read()[-2000:]}")
         return json.loads(line)
 
     def __call__(self, number):
@@ -392,14 +354,15 @@ class Arm:
         self.process.wait()
 
 
-def compare(peers, directories, rounds, limit, name="ours", **settings):
-    """Rounds of ours, a peer and the limit: {peer: (our answers, the peer's, the limit's)}.
+def compare(opponents, directories, rounds, limit, name="ours", **settings):
+    """Run rounds of ours, a peer and the limit: {peer: (our answers, the peer's, the limit's)}.
 
-    directories: where the peers' checkouts are; limit: the settings of its arm; settings: of all others.
+    opponents: the peers. directories: of their checkouts. limit: the settings of its arm. settings: of the
+    other arms.
     """
     results = {}
     with Arm(**limit) as limit, Arm(name=name, **settings) as mine:
-        for peer in peers:
+        for peer in opponents:
             directory = {"directory": directories[peer]} if peer in directories else {}
             with Arm(name=peer, **settings, **directory) as theirs:
                 answers = []
@@ -417,9 +380,9 @@ def spread(values):
     return dict(median=statistics.median(values), min=values[0], max=values[-1])
 
 
-def row(name, unit, figures, ratios, fractions=None, **more):
-    """A row of the table: our figure, and by how much it beats a peer, as ratios of the rounds."""
-    made = dict(name=name, unit=unit, figure=spread(figures), **more)
+def row(name, unit, results, ratios, fractions=None, **more):
+    """A row of the table: our result, and the ratios to each peer in all rounds."""
+    made = dict(name=name, unit=unit, figure=spread(results), **more)
     made["ratios"] = {peer: spread(values) for peer, values in ratios.items()}
     made["limit"] = spread(fractions) if fractions else None
     return made
@@ -441,7 +404,7 @@ def show(made):
 
 
 def ratios_of(results, each=None):
-    """How many times as fast as each peer, round by round; `each` names the count of what both arms did."""
+    """How many times as fast as each peer we are, in each round. each: the key of the items done."""
     def seconds_each(answer):
         return answer["seconds"] / (answer[each] if each else 1)
 
@@ -453,17 +416,17 @@ def bench_train(args):
     import torch
 
     sizes = (4, 256), (4, 1024)
-    if args.device == "cuda":  # the limit, ours and a peer are there at once, some with 2 GB a row
+    if args.device == "cuda":  # the limit, ours and a peer share the memory; some need 2 GB per row
         gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
         sizes = ((min(32, 2 ** int(math.log2(gigabytes / 4))), 1024),)
     for B, T in sizes:
-        peers = ["transformers compiled", *args.peers]
-        if (B, T) != (4, 1024):  # there these two take half a minute a step, and are never the fastest
-            peers += ["transformers", "tutorial"]
-        limit = dict(work="products", device=args.device, rows=B * T, backward=True)
-        results = compare(peers, args.peers, args.rounds, limit,
+        opponents = ["transformers compiled", *args.peers]
+        if (B, T) != (4, 1024):  # there these two take half a minute per step
+            opponents += ["transformers", "tutorial"]
+        limit = dict(work="matmul", device=args.device, rows=B * T, backward=True)
+        results = compare(opponents, args.peers, args.rounds, limit,
                           work="train", device=args.device, B=B, T=T)
-        flops = 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 12 * T * 768 / 2  # a token's, causal attention
+        flops = 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 12 * T * 768 / 2  # per token, causal
         units = [(a, limit) for mine, _, limits in results.values() for a, limit in zip(mine, limits)]
         peak = {peer: max(b["peak_bytes"] for b in theirs) / 1e9 for peer, (_, theirs, _) in results.items()}
         peak["ours"] = max(a["peak_bytes"] for a, _ in units) / 1e9
@@ -478,7 +441,7 @@ def bench_hellaswag(args):
 
     data = str(args.hellaswag_data or hellaswag.download())
     chunk = 3000 if args.device == "cuda" else 600
-    limit = dict(work="products", device=args.device, rows=2**11 if args.device == "cpu" else 2**15,
+    limit = dict(work="matmul", device=args.device, rows=2**11 if args.device == "cpu" else 2**15,
                  backward=False)
     results = compare(["tutorial", "transformers"], {}, args.rounds, limit,
                       work="hellaswag", device=args.device, data=data, chunk=chunk)
@@ -491,19 +454,19 @@ def bench_hellaswag(args):
         for a, limit in zip(mine, limits):
             flops = 2 * (12 * 12 * 768**2 * a["tokens"] + 50304 * 768 * a["scored"])
             fractions.append(flops / a["seconds"] / limit["rate"])
-    figures = [a["examples"] / a["seconds"] for mine, _, _ in results.values() for a in mine]
-    yield row("HellaSwag 124M", "examples/s", figures, ratios_of(results, "examples"), fractions,
+    rates = [a["examples"] / a["seconds"] for mine, _, _ in results.values() for a in mine]
+    yield row("HellaSwag 124M", "examples/s", rates, ratios_of(results, "examples"), fractions,
               notes=[f"same prediction as the tutorial's loop: {same} of {total}"], same=same, total=total)
 
 
 def bench_sample(args):
     rows = [("ours", 1), ("ours", 8)] + ([("ours int8", 1)] if args.device == "cpu" else [])
     for name, batch_size in rows:
-        peers = ["transformers"]
+        opponents = ["transformers"]
         if (name, batch_size) == ("ours", 1):  # without a cache, a batch of eight takes minutes
-            peers += ["tutorial", *(peer for peer in args.peers if peer == "nanoGPT")]
+            opponents += ["tutorial", *(peer for peer in args.peers if peer == "nanoGPT")]
         settings = dict(work="sample", device=args.device, batch_size=batch_size)
-        results = compare(peers, args.peers, args.rounds, dict(settings, name="limit"), name, **settings)
+        results = compare(opponents, args.peers, args.rounds, dict(settings, name="limit"), name, **settings)
         units = [(a, limit) for mine, _, limits in results.values() for a, limit in zip(mine, limits)]
         fractions = [limit["seconds"] / a["seconds"] for a, limit in units] if name == "ours" else None
         notes, more = [], {}
@@ -511,53 +474,8 @@ def bench_sample(args):
             more = dict(agreement=units[0][0]["agreement"])
             notes = [f"greedy choice as in fp32: {more['agreement']:.1%} of positions (random weights)"]
         kind = f"sample 124M, batch {batch_size}" + name.removeprefix("ours").replace(" ", ", ")
-        figures = [128 * batch_size / a["seconds"] for a, _ in units]
-        yield row(kind, "tokens/s", figures, ratios_of(results), fractions, notes=notes, **more)
-
-
-def tutorial_tokenize(text):
-    import numpy as np
-    import tiktoken
-
-    encoding = tiktoken.get_encoding("gpt2")
-    ids = np.array([encoding.eot_token, *encoding.encode_ordinary(text)])
-    assert (ids < 2**16).all()
-    return ids.astype(np.uint16)
-
-
-def tutorial_shards(files, directory, shard_size=10**8):
-    """The shards as the tutorials make them: each document through Pool.imap, copied into a shard's array."""
-    import numpy as np
-    from datasets import load_dataset
-
-    dataset = load_dataset("parquet", data_files=files, split="train", cache_dir=f"{directory}/cache")
-    shard, filled, count = np.empty(shard_size, np.uint16), 0, 0
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for ids in pool.imap(tutorial_tokenize, dataset["text"], chunksize=16):
-            while filled + len(ids) > shard_size:
-                shard[filled:], ids = ids[: shard_size - filled], ids[shard_size - filled :]
-                np.save(f"{directory}/shard_{count:06d}", shard)
-                filled, count = 0, count + 1
-            shard[filled : filled + len(ids)] = ids
-            filled += len(ids)
-    np.save(f"{directory}/shard_{count:06d}", shard[:filled])
-
-
-def package_texts(at_least):
-    """Distinct text files of the Python installation, in a fixed shuffle: real text that is always there."""
-    texts, size = {}, 0
-    for place in ("stdlib", "purelib"):
-        for path in sorted(Path(sysconfig.get_paths()[place]).rglob("*")):
-            if path.suffix in (".py", ".pyi", ".h", ".txt", ".md", ".rst", ".json") and path.is_file():
-                text = path.read_text(encoding="utf-8", errors="replace")[: 2**20]
-                size += len(text) if text not in texts else 0
-                texts[text] = None
-    if size < at_least:
-        raise UserError(f"--text: the installed packages hold {size:,} characters of text, "
-                        f"{at_least:,} are needed: name .parquet files")
-    texts = list(texts)
-    random.Random(0).shuffle(texts)
-    return texts
+        rates = [128 * batch_size / a["seconds"] for a, _ in units]
+        yield row(kind, "tokens/s", rates, ratios_of(results), fractions, notes=notes, **more)
 
 
 def bench_data(args):
@@ -568,7 +486,7 @@ def bench_data(args):
     with tempfile.TemporaryDirectory() as directory:
         files = args.text
         if not files:
-            texts = package_texts(3 * 10**8)
+            texts = peers.package_texts(3 * 10**8)
             columns = {"text": texts} | {name: [f"{name} of a page"] * len(texts) for name in (
                 "id", "dump", "url", "file_path", "language")} | {name: [0.5] * len(texts) for name in (
                     "language_score", "token_count", "score", "int_score")}
@@ -580,8 +498,8 @@ def bench_data(args):
         texts = pyarrow.parquet.read_table(files[0], columns=["text"]).column(0).to_pylist()
         size = sum(pyarrow.compute.sum(pyarrow.compute.binary_length(
             pyarrow.parquet.read_table(path, columns=["text"]).column(0))).as_py() for path in files)
-        ratios, figures, fractions = [], [], []
-        code = "import sys, bench; bench.tutorial_shards(sys.argv[2:], sys.argv[1])"
+        ratios, rates, fractions = [], [], []
+        code = "import sys; from kit.peers import tutorial_shards; tutorial_shards(sys.argv[2:], sys.argv[1])"
         for number in range(min(args.rounds, 3)):
             out = [Path(directory, f"{name}{number}") for name in ("ours", "theirs")]
             out[1].mkdir()
@@ -593,17 +511,17 @@ def bench_data(args):
             if not np.array_equal(*both):
                 sys.exit("error: the shards differ from the tutorial's")
             ratios.append(theirs / ours)
-            figures.append(size / ours / 1e6)
+            rates.append(size / ours / 1e6)
             if get_fast_tokenizer("gpt2"):
-                with ThreadPoolExecutor(1) as thread:  # its tokenizer has seen no text yet
+                with ThreadPoolExecutor(1) as thread:  # with a tokenizer whose cache is empty
                     rate = thread.submit(tokenizer_rate, texts).result()
                 fractions.append(size / ours / rate / os.cpu_count())
-    yield row(f"data: {size / 1e6:.0f} MB of parquet to shards", "MB/s", figures,
+    yield row(f"data: {size / 1e6:.0f} MB of parquet to shards", "MB/s", rates,
               {"tutorial (Pool.imap)": ratios}, fractions, notes=["token for token equal"])
 
 
 def tokenizer_rate(texts):
-    """Bytes of text a second by this thread's tokenizer."""
+    """Bytes of text per second of this thread's tokenizer."""
     fast = get_fast_tokenizer("gpt2")
     started = time.perf_counter()
     fast.encode_batch(texts, parallel=False)
@@ -616,7 +534,7 @@ def by_number(path):
 
 
 def seconds(command, **options):
-    os.sync()  # no arm waits for what another has left to be written
+    os.sync()  # so that no arm waits for writes of another
     started = time.perf_counter()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
     if done.returncode:
@@ -625,7 +543,7 @@ def seconds(command, **options):
 
 
 def first_step(device, directory, cache):
-    """Seconds that train_gpt2.py needs to its first step, with Inductor's cache in a directory."""
+    """Seconds from the start of train_gpt2.py to its first step. cache: Inductor's cache directory."""
     B, T = (32, 1024) if device == "cuda" else (4, 256)
     flags = dict(data_dir=directory, log_dir=tempfile.mkdtemp(dir=directory), device=device, max_steps=1,
                  total_batch_size=B * T, micro_batch_size=B, sequence_length=T, val_tokens=T)
@@ -635,12 +553,12 @@ def first_step(device, directory, cache):
     started = time.perf_counter()
     with subprocess.Popen(command, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        words = []
+        lines = []
         for line in process.stdout:
-            words.append(line)
+            lines.append(line)
             if line.startswith("step     0 |"):
                 return time.perf_counter() - started
-    sys.exit(f"error: train_gpt2.py ended: {''.join(words)[-2000:]}")
+    sys.exit(f"error: train_gpt2.py ended: {''.join(lines)[-2000:]}")
 
 
 def bench_start(args):
@@ -659,7 +577,7 @@ def bench_start(args):
         yield row(f"{script}.py --help", "s", times, {})
     codes = ("import torch", "import torch, model")
     pairs = [[seconds([sys.executable, "-c", code], cwd=root) for code in codes]
-             for _ in range(2 + 3 * args.rounds)][2:]  # the first ones find the files in no cache
+             for _ in range(2 + 3 * args.rounds)][2:]  # the first ones read files from the disk
     yield row("import model beyond import torch", "s", [b - a for a, b in pairs], {})
 
 
@@ -687,11 +605,11 @@ def machine(device):
 def main(args):
     import torch
 
-    from checkpoint import pick_device
+    from kit.device import pick_device
 
     args.device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.device not in ("cpu", "cuda"):
-        raise UserError(f"--device {args.device}: cpu or cuda is measured")
+        raise UserError(f"--device {args.device}: only cpu and cuda are measured")
     facts = machine(args.device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     print(f"\n{'work':<34}{'figure':>22}   {'against':<24}{'ratio':>22}   fraction of the limit", flush=True)
@@ -700,13 +618,13 @@ def main(args):
         for made in globals()[f"bench_{part}"](args):
             rows.append(made)
             show(made)
-            if args.json:  # a run that is cut short has left what it measured
+            if args.json:  # after each row, so that an interrupted run keeps what it measured
                 with atomic_write(args.json) as file:
                     json.dump(dict(**facts, rows=rows), file, indent=1)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--arm"]:
-        run(lambda request: arm(**json.loads(request)), sys.argv[2])
+        run_script(lambda request: arm(**json.loads(request)), sys.argv[2])
     else:
-        run(main, args)
+        run_script(main, args)

@@ -1,29 +1,30 @@
-"""Checkpoints: the one owner of their format, which holds no pickle.
+"""Checkpoints: this file owns their format, which holds no pickle.
 
     python checkpoint.py list log        # what a run has saved: step, validation loss, size
-    python checkpoint.py verify log      # the same, and whether every byte is as it was written
-    python checkpoint.py export log DIR  # the newest as a Hugging Face directory (export.py)
+    python checkpoint.py verify log      # the same, and check every byte
+    python checkpoint.py export log DIR  # write the newest as a Hugging Face directory
 
-    LOG_DIR/ckpt_000250/      the newest few, each with all that a run needs to go on
+    LOG_DIR/ckpt_000250/      the newest few, each with everything that a run needs to continue
         model.safetensors       weights, fp32, under GPT-2's names
         optimizer.safetensors   the optimizer's tensors
-        tokenizer.json          the tokenizer, if it is not GPT-2's
+        tokenizer.json          the tokenizer, unless it is GPT-2's
         meta.json               step, config, the run's identity, and a digest of each file and of itself
     LOG_DIR/best/             the same without the optimizer: the lowest validation loss so far
 
-A checkpoint named N has consumed exactly the batches 0..N-1. It is written beside its place and renamed, so
-that a name stands for a whole checkpoint; every load checks the digests.
+A checkpoint named N has consumed exactly the batches 0..N-1. It is written under a temporary name and then
+renamed, so a checkpoint under its final name is complete; every load checks the digests.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
@@ -32,72 +33,96 @@ def parse_args(argv=None):
         description="Show the checkpoints of a run (exit status 1: one is damaged), or export one."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (("list", "by their sizes"), ("verify", "by their digests: every byte is read")):
-        command = commands.add_parser(name, help=f"show the checkpoints of a run, checked {what}")
+    for name, what in (("list", "check file sizes"), ("verify", "check every byte")):
+        command = commands.add_parser(name, help=f"show the checkpoints of a run and {what}")
         command.add_argument("directory", metavar="DIR", help="a run's log directory, or one checkpoint")
     command = commands.add_parser("export", help="write a model as a Hugging Face directory, and upload it")
-    command.add_argument("source", metavar="CHECKPOINT_OR_LOG_DIR", help="what -m of sample.py takes")
+    command.add_argument("source", metavar="MODEL",
+                         help="a run's log directory, one checkpoint, gpt2, ..., or a Hugging Face directory")
     command.add_argument("directory", metavar="DIR", help="the new directory")
-    command.add_argument("--push_to_hub", metavar="USER/NAME", help="a repository of the Hugging Face hub")
+    command.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload it to this repository")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
+    args = parse_args()
 
-import torch  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from files import UserError, beside, digest, first_line, naming, run, sync  # noqa: E402
-from model import GPT, GPT2_SIZES, GPTConfig  # noqa: E402
-from tokenizer import get_tokenizer  # noqa: E402
+from kit import huggingface
+from kit.files import (
+    UserError,
+    digest,
+    first_line,
+    name_in_errors,
+    run_script,
+    share_tensors,
+    sync,
+    temporary_path,
+)
+from kit.optim import load_state, state_tensors
+from model import GPT, GPT2_SIZES, GPTConfig
+from tokenizer import get_tokenizer
 
 FORMAT = "gpt2 checkpoint, version 1"
 NAME = re.compile(r"ckpt_(\d{6,})$")
 
-
-# what a run and a person read of a meta.json, if it is there
+# types of the values in meta.json
 KINDS = dict(step=int, config=dict, files=dict, identity=dict, val_loss=(float, type(None)), best_val=float,
              dtype=str, scaler=dict, skipped=int)
 REQUIRED = ("step", "config", "files")
 SCALER = dict(scale=float, growth_factor=float, backoff_factor=float, growth_interval=int,
-              _growth_tracker=int)  # of a GradScaler, for fp16
+              _growth_tracker=int)  # of a GradScaler's state, for fp16
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that is not as it was written."""
+    """A checkpoint that differs from what was written, or is incomplete."""
 
 
-def save(path, step, model, tokenizer="gpt2", optimizer=None, **meta):
-    """Write a checkpoint of model (and optimizer) as the directory `path`: it appears complete or not at all.
+@dataclass
+class Progress:
+    """How far a run has come."""
 
-    tokenizer: "gpt2" or the path of a tokenizer.json. meta: plain values for meta.json. Raises OSError where
-    it can't be written, as on a full disk.
+    step: int = 0  # optimizer steps done
+    val_loss: float | None = None  # the last one measured
+    best_val: float = math.inf  # the lowest, of those after step 0
+    skipped: int = 0  # steps skipped because loss or gradient was not finite
+
+    @classmethod
+    def of(cls, meta):
+        """The progress that a checkpoint's meta.json records."""
+        return cls(**{name: meta[name] for name in cls.__dataclass_fields__ if name in meta})
+
+
+def save(path, model, progress, tokenizer="gpt2", optimizer=None, **meta):
+    """Write a checkpoint of model (and optimizer) as the directory `path`, completely or not at all.
+
+    progress: a Progress. tokenizer: "gpt2" or the path of a tokenizer.json. meta: further plain values for
+    meta.json. Raises OSError if it can't be written, for example on a full disk.
     """
     path = Path(path)
-    temporary, replaced = beside(path), beside(path.with_name(path.name + ".old"))
+    temporary, replaced = temporary_path(path), temporary_path(path.with_name(path.name + ".old"))
     for leftover in (temporary, replaced):
         discard(leftover)
     try:
         temporary.mkdir(parents=True)
         save_file(contiguous(model.state_to_save()), temporary / "model.safetensors")
         if optimizer is not None:
-            state = optimizer.state_dict()["state"]
-            tensors = {f"{i}.{key}": value for i, values in state.items() for key, value in values.items()}
-            save_file(contiguous(tensors), temporary / "optimizer.safetensors")
+            save_file(contiguous(state_tensors(optimizer)), temporary / "optimizer.safetensors")
         if tokenizer != "gpt2":
             shutil.copyfile(tokenizer, temporary / "tokenizer.json")
         files = {file.name: {"bytes": file.stat().st_size, "digest": digest(file)}
                  for file in temporary.iterdir()}
-        body = dict(format=FORMAT, step=step, config=asdict(model.config), files=files, **meta)
+        body = dict(format=FORMAT, config=asdict(model.config), files=files, **asdict(progress), **meta)
         text = json.dumps({**body, "self": text_digest(body)}, indent=1)
-        with naming(path):
+        with name_in_errors(path):
             (temporary / "meta.json").write_text(text, encoding="utf-8")
-        share(temporary)
+        share_tensors(temporary)
         for written in (*temporary.iterdir(), temporary):
             sync(written)
-        if path.exists():  # a damaged one, or the last best: no directory can be renamed over it
+        if path.exists():  # a directory can't be renamed over another one
             os.rename(path, replaced)
         os.rename(temporary, path)
         sync(path.parent)
@@ -109,21 +134,12 @@ def save(path, step, model, tokenizer="gpt2", optimizer=None, **meta):
 
 
 def discard(path):
-    """Remove a directory, if it is there, or at least its name: half a checkpoint never stands under it."""
+    """Remove a directory if it exists. It is renamed first: half a checkpoint never has a valid name."""
     garbage = path.with_name(f".{time.time_ns()}.tmp")
     if path.exists():
         with contextlib.suppress(OSError):
             os.rename(path, garbage)
         shutil.rmtree(garbage, ignore_errors=True)
-
-
-def share(directory):
-    """Let those read the tensors of a directory who can read its .json files.
-
-    safetensors 0.8 lets their owner alone: https://github.com/safetensors/safetensors/issues/782
-    """
-    for path in directory.glob("*.safetensors"):
-        shutil.copymode(next(directory.glob("*.json")), path)
 
 
 def contiguous(tensors):
@@ -137,7 +153,7 @@ def text_digest(body):
 
 
 def read_meta(path, digests=True):
-    """A checkpoint's meta.json, once its files are proved whole (by their sizes alone without digests).
+    """A checkpoint's meta.json as a dict, after its files were checked (without digests: only their sizes).
 
     Raises DamagedCheckpoint with the reason.
     """
@@ -147,7 +163,7 @@ def read_meta(path, digests=True):
         if meta.pop("self") != text_digest(meta):
             raise DamagedCheckpoint(f"{path}/meta.json is damaged: its digest is not the one it states")
         if meta["format"] != FORMAT:
-            raise DamagedCheckpoint(f"{path} is of the format {meta['format']!r}, this is {FORMAT!r}")
+            raise DamagedCheckpoint(f"{path} has the format {meta['format']!r}, not {FORMAT!r}")
         number = NAME.match(path.name)
         if (not all(isinstance(meta.get(key), KINDS[key]) for key in KINDS if key in meta or key in REQUIRED)
                 or "model.safetensors" not in meta["files"]
@@ -168,17 +184,17 @@ def read_meta(path, digests=True):
     except DamagedCheckpoint:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path} is not a whole checkpoint: it can't be read ({error!r})") from error
+        raise DamagedCheckpoint(f"{path} is not a complete checkpoint ({error!r})") from error
     return meta
 
 
 def load(path, device="cpu"):
-    """Read a checkpoint: (model in eval mode on `device`, meta). Raises DamagedCheckpoint."""
+    """Read a checkpoint: (model in eval mode on `device`, meta.json as a dict). Raises DamagedCheckpoint."""
     meta = read_meta(path)
     try:
         state = load_file(Path(path) / "model.safetensors", device=device)
         if any(tensor.dtype != torch.float32 for tensor in state.values()):
-            raise ValueError("they are not all float32")
+            raise ValueError("not all of them are float32")
         return GPT.from_state(GPTConfig(**meta["config"]), state), meta
     except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -186,54 +202,60 @@ def load(path, device="cpu"):
 
 
 def load_optimizer(path, optimizer):
-    """Put a checkpoint's optimizer tensors back; the settings (learning rate, decay) stay the run's own.
+    """Load a checkpoint's optimizer tensors; learning rate and decay stay the optimizer's own.
 
-    Raises DamagedCheckpoint: AdamW's kernel does not look whether a tensor is as long as its parameter.
+    Raises DamagedCheckpoint.
     """
     try:
-        tensors = load_file(Path(path) / "optimizer.safetensors")
-    except SafetensorError as error:
-        raise DamagedCheckpoint(f"{path}: the optimizer's tensors can't be read ({error})") from error
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    fitting = {f"{i}.{key}": (shape, torch.float32) for i, p in enumerate(params)
-               for key, shape in (("step", torch.Size()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape))}
-    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    if found and found != fitting:  # none: of a run that has made no step
-        raise DamagedCheckpoint(f"{path}: the optimizer's tensors do not fit the model")
-    state = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        load_state(optimizer, load_file(Path(path) / "optimizer.safetensors"))
+    except (SafetensorError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path}: the optimizer's state can't be loaded ({error})") from error
 
 
 def numbered(log_dir):
-    """The numbered checkpoints of a log directory, the newest first."""
+    """The numbered checkpoints of a log directory, newest first."""
     found = [(int(NAME.match(path.name)[1]), path)
              for path in Path(log_dir).glob("ckpt_*") if NAME.match(path.name)]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def latest(log_dir, to_resume=False):
-    """The newest valid checkpoint of a log directory, or None; and why each newer one was passed over.
+    """The newest valid checkpoint of a log directory or None, and why each newer one is invalid (a list).
 
-    to_resume: only one with an optimizer will do.
+    to_resume: a checkpoint without an optimizer is invalid.
     """
-    skipped = []
+    problems = []
     for path in numbered(log_dir):
         try:
             if "optimizer.safetensors" not in read_meta(path)["files"] and to_resume:
-                raise DamagedCheckpoint(f"{path} has no optimizer.safetensors: a run can't go on from it")
-            return path, skipped
+                raise DamagedCheckpoint(f"{path} has no optimizer.safetensors, which a resumed run needs")
+            return path, problems
         except DamagedCheckpoint as error:
-            skipped.append(str(error))
-    return None, skipped
+            problems.append(str(error))
+    return None, problems
+
+
+def find_for_resume(log_dir, ranks):
+    """The newest checkpoint that a run can continue from; None, with a message, if there are none at all.
+
+    Raises UserError if there are some but none is valid.
+    """
+    with ranks.first_goes_ahead():
+        if ranks.is_first:
+            clean(log_dir)
+        newest, problems = latest(log_dir, to_resume=True)
+    ranks.say(*(f"skipped damaged checkpoint: {problem}" for problem in problems))
+    if newest is None and problems:
+        raise UserError(f"--resume: no checkpoint in {log_dir} is valid; start anew in another --log_dir")
+    if newest is None:
+        ranks.say(f"{log_dir} contains no checkpoint: starting at step 0")
+    return newest
 
 
 def prune(log_dir, keep, step, keep_every=0):
-    """Remove all but the newest `keep` checkpoints up to `step`; a damaged one beyond it will be replaced.
+    """Remove all but the newest `keep` checkpoints up to `step`, and all but the multiples of keep_every.
 
-    The multiples of keep_every stay too. What can't be removed is left where it is.
+    Checkpoints beyond `step` are damaged ones that the run will replace. What can't be removed stays.
     """
     steps = {path: int(NAME.match(path.name)[1]) for path in numbered(log_dir)}
     for path in [path for path in steps if steps[path] <= step][keep:]:
@@ -242,7 +264,7 @@ def prune(log_dir, keep, step, keep_every=0):
 
 
 def clean(log_dir):
-    """Tidy up after a crash in mid-save: put back what was about to be replaced, remove the unfinished."""
+    """Clean up after a crash during a save: restore what was being replaced, remove what is incomplete."""
     for replaced in Path(log_dir).glob(".*.old.tmp"):
         path = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old.tmp"))
         if not path.exists():
@@ -252,9 +274,9 @@ def clean(log_dir):
 
 
 def resolve(source):
-    """What `-m SOURCE` means: "gpt2..." or a Hugging Face directory (str), or one checkpoint (Path).
+    """What `-m SOURCE` means: "gpt2..." or a Hugging Face directory (str), or a checkpoint (Path).
 
-    A run's log directory stands for its newest valid checkpoint. Raises UserError if it is none of these.
+    A log directory means its newest valid checkpoint. Raises UserError if it is none of these.
     """
     path = Path(source)
     if str(source) in GPT2_SIZES or (path / "config.json").is_file():
@@ -262,18 +284,18 @@ def resolve(source):
     if (path / "meta.json").is_file() or NAME.match(path.name):
         return path
     if path.is_dir():
-        newest, skipped = latest(path)
+        newest, problems = latest(path)
         if newest is not None:
-            for reason in skipped:
-                print(f"passed over: {reason}", file=sys.stderr)
+            for problem in problems:
+                print(f"skipped damaged checkpoint: {problem}", file=sys.stderr)
             return newest
-        if (path / "best").is_dir() and not skipped:
+        if (path / "best").is_dir() and not problems:
             return path / "best"
-        raise UserError(f"{source} holds no valid checkpoint" + "".join(f"; {reason}" for reason in skipped)
-                        + f": python train_gpt2.py --log_dir {source} trains one; gpt2 is another model")
+        raise UserError(f"{source} contains no valid checkpoint" + "".join(f"; {p}" for p in problems)
+                        + f": train one with python train_gpt2.py --log_dir {source}, or use -m gpt2")
     kind = "is not a checkpoint directory" if path.exists() else "does not exist"
     raise UserError(f"{source} {kind}: name one of {', '.join(GPT2_SIZES)}, a log directory "
-                    "(python train_gpt2.py makes one), a checkpoint in it, or a Hugging Face directory")
+                    "(python train_gpt2.py writes one), a checkpoint in it, or a Hugging Face directory")
 
 
 def load_model(source, device="cpu"):
@@ -283,16 +305,16 @@ def load_model(source, device="cpu"):
         return load(source, device)[0]
     try:
         return GPT.from_pretrained(source).to(device)
-    except Exception as error:  # from a torn file to a pickle that is refused: transformers raises all kinds
+    except Exception as error:  # transformers raises many types, from a truncated file to a refused pickle
         reason = first_line(error)
-        if "weights_only" in str(error):  # torch's own words recommend to run it
-            reason = "its weights are a pickle of more than tensors, which may be code of a stranger's"
-        raise UserError(f"{source} can't be loaded ({reason}); without network, give -m a local directory"
+        if "weights_only" in str(error):  # torch's own message recommends running the pickle
+            reason = "its weights are a pickle that holds more than tensors, which may run code"
+        raise UserError(f"{source} can't be loaded ({reason}); without a network, give -m a local directory"
                         ) from error
 
 
 def tokenizer_path(source):
-    """What `get_tokenizer` takes for the model `source`: the tokenizer.json beside its weights, or "gpt2"."""
+    """The argument of `get_tokenizer` for a model: the tokenizer.json next to its weights, or "gpt2"."""
     path = Path(resolve(source)) / "tokenizer.json"
     return str(path) if path.is_file() else "gpt2"
 
@@ -302,56 +324,59 @@ def load_model_and_tokenizer(source, device="cpu"):
     source = resolve(source)
     model, tokenizer = load_model(source, device), get_tokenizer(tokenizer_path(source))
     if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} ids, the model "
-                        f"{model.config.vocab_size}; put the tokenizer.json it was trained with beside it")
+        raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} ids, the model only "
+                        f"{model.config.vocab_size}; put the tokenizer.json it was trained with next to it")
     model.config.num_tokens = tokenizer.n_vocab  # a Hugging Face config doesn't tell tokens from padding
     return model, tokenizer
 
 
-def pick_device(name=None):
-    """The device of that name, or the best torch finds here: "cuda", "mps" or "cpu". Raises UserError."""
-    available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
-    name = name or available[0]
-    kind, _, index = name.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in available or (":" in name and index not in map(str, range(count))):
-        raise UserError(f"--device {name}: not on this machine, which has {', '.join(available)}")
-    return name
+def export(source, directory, push_to_hub=None):
+    """Write the model that `source` names (see `resolve`) as a new Hugging Face directory, and upload it.
+
+    push_to_hub: the repository to upload to. Raises UserError.
+    """
+    directory = Path(directory)
+    huggingface.check_target(directory, push_to_hub)
+    source = resolve(source)
+    model, encoding = load_model_and_tokenizer(source)
+    record = (read_meta(source, digests=False), source.parent) if isinstance(source, Path) else ()
+    card = huggingface.model_card(model, push_to_hub or directory.name, source, *record)
+    huggingface.write_directory(directory, model, encoding, card)
+    print(f"wrote {source} to {directory} as a Hugging Face model")
+    if push_to_hub:
+        print(f"uploaded: {huggingface.upload(directory, push_to_hub)}")
 
 
-def to_device(tensor, device):
-    """A tensor of the CPU on a device; a GPU takes it from pinned memory, behind the work it has to do."""
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
-
-
-def main(args):
-    if args.command == "export":
-        from export import export  # transformers takes a second to import
-
-        return export(args.source, args.directory, args.push_to_hub)
-    directory = Path(args.directory)
+def show(directory, verify):
+    """Print a line for each checkpoint of a directory; exit with status 1 if one is damaged."""
     if (directory / "meta.json").is_file() or NAME.match(directory.name) or directory.name == "best":
         paths = [directory]
     else:
         paths = [*reversed(numbered(directory)), directory / "best"]
     paths = [path for path in paths if path.is_dir()]
     if not paths:
-        raise UserError(f"{directory} holds no checkpoint")
-    verify, damaged = args.command == "verify", 0
+        raise UserError(f"{directory} contains no checkpoint")
+    damaged = 0
     for path in paths:
         try:
             meta = read_meta(path, digests=verify)
             size = sum(file["bytes"] for file in meta["files"].values()) / 1e6
             loss = "not evaluated" if meta.get("val_loss") is None else f"val loss {meta['val_loss']:.4f}"
-            print(f"{path}: step {meta['step']}, {loss}, {size:,.1f} MB" + (", as written" if verify else ""))
-        except (DamagedCheckpoint, OSError) as error:  # OSError: a run has just removed it
+            verified = ", verified" if verify else ""
+            print(f"{path}: step {meta['step']}, {loss}, {size:,.1f} MB{verified}")
+        except (DamagedCheckpoint, OSError) as error:  # OSError: a running training has just removed it
             damaged += 1
-            print(f"{path}: damaged or gone: {error}")
+            print(f"{path}: damaged or removed: {error}")
     if damaged:
         sys.exit(1)
 
 
+def main(args):
+    if args.command == "export":
+        export(args.source, args.directory, args.push_to_hub)
+    else:
+        show(Path(args.directory), verify=args.command == "verify")
+
+
 if __name__ == "__main__":
-    run(main, args)
+    run_script(main, args)

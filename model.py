@@ -1,57 +1,49 @@
-"""GPT-2, the whole of it: the decoder-only transformer of "Language Models are Unsupervised Multitask
-Learners" (Radford et al., 2019), with OpenAI's parameter names, so its published weights load as they are.
+"""GPT-2: the decoder-only transformer of "Language Models are Unsupervised Multitask Learners" (Radford et
+al., 2019). Parameters have OpenAI's names, so the published weights load unchanged.
 
-Pre-norm blocks, tanh-GELU, learned positions, and one matrix that both embeds the tokens and predicts them.
-Shapes are commented with B = batch, T = time (tokens), C = n_embd, nh = heads, hs = head size,
-V = vocab_size.
+Pre-norm blocks, tanh-GELU, learned positions, and one matrix that both embeds and predicts the tokens.
+Shapes in comments: B = batch, T = time (tokens), C = n_embd, nh = heads, hs = head size, V = vocab_size.
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# the four models OpenAI published, under the names of the paper and of the Hugging Face hub
+from kit import huggingface
+from kit.device import peak_flops
+from kit.loss import LinearCrossEntropy, row_slices
+
+# the four models that OpenAI published, by their names on the Hugging Face hub
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
-
-# what the tensor cores can do at most, dense 16-bit products with fp32 accumulation, FLOP/s: NVIDIA's
-# datasheets. The first name that the device's name contains counts, so the narrower names stand first.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
-    "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A6000": 155e12,
-    "L4": 121e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12,
-}
-
-# logits held in memory at a time while the loss is computed: 128 MiB of fp32 on a CPU, 1 GiB on a GPU
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28, "mps": 2**26}
+GPT2_TOKENS = 50257  # ids of GPT-2's tokenizer: 256 bytes, 50,000 merges and <|endoftext|>
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT-2; the defaults are the 124M. Raises ValueError for a shape no model can have."""
+    """The shape of a GPT-2; the defaults are the 124M. Raises ValueError for an impossible shape."""
 
-    block_size: int = 1024  # the longest context, in tokens
-    vocab_size: int = 50304  # embedding rows: 50257 padded to a multiple of 128, which GPUs multiply faster
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50304  # embedding rows: 50257 padded to a multiple of 128, for faster matmuls on GPUs
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in the linear layers and LayerNorms, as GPT-2 has it
-    num_tokens: int | None = None  # ids the tokenizer knows, the rest is padding; None: at most GPT-2's 50257
+    bias: bool = True  # in linear layers and LayerNorms, as in GPT-2
+    num_tokens: int | None = None  # ids of the tokenizer, the rest is padding; None: GPT-2's
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "num_tokens"):
-            if name == "num_tokens" and self.num_tokens is None:
-                self.num_tokens = min(self.vocab_size, 50257)  # a number by now
             value = getattr(self, name)
+            if name == "num_tokens" and value is None:
+                value = self.num_tokens = min(self.vocab_size, GPT2_TOKENS)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
         if self.n_embd % self.n_head:
@@ -63,30 +55,30 @@ class GPTConfig:
 
 
 class KVCache:
-    """The keys and values of the tokens seen so far, for every layer: what one more token attends to."""
+    """The keys and values of the tokens read so far, for every layer: the next token attends to them."""
 
     def __init__(self, config, batch_size, device, dtype):
         head_size = config.n_embd // config.n_head
         shape = (2, batch_size, config.n_head, config.block_size, head_size)
         self.kv = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.length = 0  # tokens that all layers hold
+        self.length = 0  # tokens stored in every layer
 
     def append(self, layer, kv):
-        """Store keys and values (2, B, nh, T, hs) behind those held; return all (..., length + T, hs)."""
+        """Append a layer's keys and values (2, B, nh, T, hs); return all, (2, B, nh, length + T, hs)."""
         T = kv.size(3)
         self.kv[layer].narrow(3, self.length, T).copy_(kv)
         return self.kv[layer].narrow(3, 0, self.length + T)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention of each token to itself and to those before it."""
+    """Multi-head attention: each token attends to itself and to the tokens before it."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        # queries, keys and values in one
+        # queries, keys and values of all heads in one matmul
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True
@@ -94,27 +86,26 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask=None, cache=None):
         B, T, C = x.size()
-        # queries, keys and values, head by head: (3, B, nh, T, hs)
+        # split into queries, keys and values, and into heads: (3, B, nh, T, hs)
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is None:
             q, k, v = qkv
         else:
             assert cache.length == 0 or T == 1, (
-                "a cache that holds tokens takes one more at a time: no mask is made"
+                "after the prompt, a KV cache takes one token at a time: there is no mask for several"
             )
             q, (k, v) = qkv[0], cache.append(self.layer, qkv[1:])
-        # the causal mask: each token attends to itself and to those before it. A single query behind a
-        # cache sees all.
+        # is_causal is the causal mask. A single token after a cache attends to all, so it needs no mask
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide in between, on each token by itself."""
+    """Two linear layers with a hidden width of 4 C, applied to each token separately."""
 
     def __init__(self, config):
         super().__init__()
@@ -124,95 +115,45 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # as GPT-2 was trained; the exact one differs
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # GPT-2 was trained with tanh, not with the exact GELU
         return self.dropout(self.c_proj(x))
 
 
+def make_norm(config):
+    """The norm before attention, before the MLP and before the head."""
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each reading a LayerNorm and adding to the residual stream."""
+    """One layer: attention, then the MLP. Each reads the normalized residual stream and adds to it."""
 
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, mask=None, cache=None):
-        x = x + self.attn(self.ln_1(x), mask, cache)  # the tokens exchange what they know
-        x = x + self.mlp(self.ln_2(x))  # each token thinks it over
+        x = x + self.attn(self.ln_1(x), mask, cache)  # moves information between tokens
+        x = x + self.mlp(self.ln_2(x))  # works on each token separately
         return x
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits x @ weight.T, with only `LOGITS_AT_ONCE` of them in memory at a time.
-
-    The loss is the last thing computed, so its gradient needs nothing from later: each slice of logits is
-    turned into gradients at once and dropped. Nothing is computed twice. The backward pass scales them in
-    place, so it can be taken once only.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):  # (N, C), (V, C), (N,) -> scalar
-        device_type = x.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-        w = weight.to(dtype)
-        loss = torch.zeros((), device=x.device)
-        dx = torch.empty_like(x, dtype=dtype)
-        dw = torch.zeros_like(weight)
-        with torch.autocast(device_type, enabled=False):
-            for rows in row_slices(x, len(weight)):
-                x_slice = x[rows].to(dtype)
-                logits = (x_slice @ w.t()).float()  # (n, V)
-                log_probs = torch.log_softmax(logits, dim=-1, out=logits)  # in place: it is large
-                correct = targets[rows].unsqueeze(-1)  # (n, 1)
-                at_correct = log_probs.gather(-1, correct)  # (n, 1)
-                loss -= at_correct.sum()
-                # d loss / d logits = softmax - one_hot, as a sum: fp16 would lose small values to the
-                # 1/N of the mean. Set and not added: compiled in 16 bits, nothing is left to keep in fp32
-                dlogits = log_probs.exp_().to(dtype)
-                dlogits.scatter_(-1, correct, (at_correct.exp() - 1).to(dtype))
-                dx[rows] = (w.t() @ dlogits.t()).t()  # dlogits @ w, which a CPU multiplies more slowly
-                if dtype == dw.dtype:
-                    dw.addmm_(dlogits.t(), x_slice)  # no second matrix of this size
-                else:  # 16-bit sums over many slices would lose digits
-                    dw += dlogits.t() @ x_slice
-        ctx.save_for_backward(dx, dw)
-        ctx.x_dtype = x.dtype
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        scale = grad / len(dx)
-        return dx.mul_(scale).to(ctx.x_dtype), dw.mul_(scale), None
-
-
-def row_slices(x, vocab_size):
-    """Slices of the rows of x (N, C) whose logits are at most LOGITS_AT_ONCE (but 16 rows at least).
-
-    As few and as equal as can be, for each reads all weights, in steps of 16 rows: transposed, as for dx, the
-    logits of another number do not begin each line at a multiple of 16 bytes, and a GPU takes longer.
-    """
-    blocks = max(1, math.ceil(len(x) / 16))
-    at_once = max(1, LOGITS_AT_ONCE.get(x.device.type, 2**25) // (16 * vocab_size))
-    step = 16 * math.ceil(blocks / math.ceil(blocks / at_once))
-    return [slice(start, start + step) for start in range(0, len(x), step)]
-
-
 class GPT(nn.Module):
-    """GPT-2: embeddings, n_layer blocks, a final LayerNorm, and the head that shares the token embedding."""
+    """GPT-2: embeddings, n_layer blocks, a final LayerNorm, and a head that shares the token embedding."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.compile_loss = True  # whether torch.compile may put the loss into its graph: kit/device.py
         self.transformer = nn.ModuleDict(
             dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),  # what a token is
-                wpe=nn.Embedding(config.block_size, config.n_embd),  # where it stands
+                wte=nn.Embedding(config.vocab_size, config.n_embd),  # of tokens
+                wpe=nn.Embedding(config.block_size, config.n_embd),  # of positions
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+                ln_f=make_norm(config),
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -220,8 +161,8 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        # GPT-2's initialisation: 0.02, and what adds to the residual stream scaled down by the number
-        # of additions
+        # GPT-2's initialization: standard deviation 0.02; layers that add to the residual stream are scaled
+        # down by the square root of the number of additions
         if isinstance(module, nn.Linear):
             std = 0.02
             if hasattr(module, "is_residual_projection"):
@@ -233,15 +174,16 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
     def features(self, idx, positions=None, mask=None, cache=None):
-        """What the head reads: the final LayerNorm's output, (B, T, C), for token ids idx (B, T).
+        """The output of the final LayerNorm, (B, T, C), for token ids idx (B, T). The head reads it.
 
-        positions (B, T) or (T,): where the tokens stand, by default in order behind those in the cache.
-        mask (B, 1, T, T) bool: who attends to whom, by default causal. cache: a KVCache, which is filled.
+        positions (B, T) or (T,): of the tokens; by default they count on from those in the cache.
+        mask (B, 1, T, T) bool: which tokens attend to which; by default causal.
+        cache: a KVCache, to which the tokens are appended.
         """
         T = idx.size(1)
         start = cache.length if cache is not None else 0
         assert start + T <= self.config.block_size or positions is not None, (
-            f"{start + T} tokens do not fit into a context of {self.config.block_size}"
+            f"{start + T} tokens exceed the context of {self.config.block_size}"
         )
         if positions is None:
             positions = torch.arange(start, start + T, device=idx.device)
@@ -253,30 +195,42 @@ class GPT(nn.Module):
             cache.length += T
         return self.transformer.ln_f(x)
 
+    def logits(self, x, weight=None):
+        """Features (..., C) to logits (..., V): the one place that applies the head.
+
+        weight (V, C): instead of the head's own, for example a copy in 16 bits.
+        """
+        return self.lm_head(x) if weight is None else F.linear(x, weight)
+
     def forward(self, idx, targets=None):
-        """idx (B, T) token ids -> logits (B, T, V), None;
-        with targets (B, T) -> None, mean loss in nats per token."""
-        x = self.features(idx)
+        """Token ids idx (B, T) -> logits (B, T, V), None.
+
+        With targets (B, T) -> None, mean loss in nats per token.
+        """
+        x = self.features(idx)  # (B, T, C)
         if targets is None:
-            return self.lm_head(x), None
-        return None, self.mean_loss(x.view(-1, x.size(-1)), targets.reshape(-1))
+            return self.logits(x), None
+        mean_loss = self.mean_loss if self.compile_loss else self.eager_mean_loss
+        return None, mean_loss(x.view(-1, x.size(-1)), targets.reshape(-1))
 
     def mean_loss(self, x, targets):
-        """Mean cross-entropy of the targets (N,) given their features (N, C), in nats, and its gradient."""
+        """Mean cross-entropy, in nats, of the targets (N,) given their features (N, C)."""
         if torch.is_grad_enabled():
-            return LinearCrossEntropy.apply(x, self.lm_head.weight, targets)
+            return LinearCrossEntropy.apply(x, self.lm_head.weight, targets, self.logits)
         return self.token_losses(x, targets).mean()
+
+    eager_mean_loss = torch.compiler.disable(mean_loss)
 
     @torch.no_grad()
     def token_losses(self, x, targets):
-        """Cross-entropy of each target (N,) given its features (N, C), in nats, without a gradient: (N,).
+        """Cross-entropy of each target (N,) given its features (N, C), in nats: (N,). No gradient.
 
-        As of a model without padding, which is what an export is.
+        The padding of the vocabulary gets no probability, as in an exported model, which has no padding.
         """
         losses = torch.empty(len(x), device=x.device)
         for rows in row_slices(x, self.config.vocab_size):
-            logits = self.lm_head(x[rows]).float()  # (n, V)
-            logits[:, self.config.num_tokens :] = -torch.inf  # no probability is lost to the padding
+            logits = self.logits(x[rows]).float()  # (n, V)
+            logits[:, self.config.num_tokens :] = -torch.inf
             log_probs = torch.log_softmax(logits, dim=-1, out=logits)  # in place: it is large
             losses[rows] = -log_probs.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
         return losses
@@ -284,7 +238,7 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Continue each of the prompts idx (B, T) by max_new_tokens tokens: (B, T + max_new_tokens).
 
-        The arguments, and the errors raised, are those of `stream`.
+        Arguments and errors as in `stream`.
         """
         new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator))
         return torch.cat([idx, *new], dim=1)
@@ -294,63 +248,61 @@ class GPT(nn.Module):
                with_logits=False):
         """Yield the next token of every prompt in idx (B, T), max_new_tokens times: (B, 1) ids.
 
-        temperature 0 takes the likeliest token; top_k keeps the k likeliest; top_p keeps the likeliest that
-        together reach that probability (https://arxiv.org/abs/1904.09751). generator: the torch.Generator to
-        draw from. Once the context is full, it goes on from its last half. with_logits: yield pairs, the ids
-        and the model's own logits (B, num_tokens) before any of these settings. Raises ValueError for
-        settings that mean nothing, and for logits that are not finite.
+        temperature 0 always takes the most likely token. top_k keeps the k most likely tokens; top_p keeps
+        the most likely ones that together reach that probability (https://arxiv.org/abs/1904.09751).
+        generator: the torch.Generator to draw from. When the context is full, the model rereads its last half
+        and continues. with_logits: yield (ids, logits), the logits (B, num_tokens) before temperature, top_k
+        and top_p. Raises ValueError for invalid settings, and if the logits are not finite.
         """
         check_sampling(idx, max_new_tokens, temperature, top_k, top_p)
         block_size = self.config.block_size
-        unread = idx[:, -block_size:]  # (B, T) tokens that the model has not seen yet
+        unread = idx[:, -block_size:]  # (B, T) tokens that the model has not read yet
         cache = KVCache(self.config, len(idx), idx.device, self.transformer.wte.weight.dtype)
         for _ in range(max_new_tokens):
             if cache.length + unread.size(1) > block_size:
                 unread, cache.length = idx[:, -((block_size + 1) // 2) :], 0
             x = self.features(unread, cache=cache)[:, -1]  # (B, C)
-            logits = self.lm_head(x)[:, : self.config.num_tokens].float()  # the padding is never sampled
+            logits = self.logits(x)[:, : self.config.num_tokens].float()  # the padding is never sampled
             unread = next_token(logits, temperature, top_k, top_p, generator)
             idx = torch.cat([idx[:, -block_size:], unread], dim=1)
             yield (unread, logits) if with_logits else unread
 
     def configure_optimizers(self, weight_decay, learning_rate, device_type):
-        """AdamW as in the GPT-3 paper: matrices and embeddings decay, biases and LayerNorms do not."""
+        """AdamW as in the GPT-3 paper: weight decay for matrices and embeddings, not for biases and norms."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        # one kernel for the whole update, where it exists
+        # one kernel for the whole update, on devices that have it
         fused = device_type.partition(":")[0] in ("cuda", "mps", "cpu")
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
     def num_params(self, non_embedding=False):
-        """Number of parameters, the tied matrix once; non_embedding leaves the positions out, as nanoGPT."""
+        """Number of parameters, the tied matrix once. non_embedding leaves out positions, like nanoGPT."""
         count = sum(p.numel() for p in self.parameters())
         return count - self.transformer.wpe.weight.numel() if non_embedding else count
 
     def flops_per_token(self, sequence_length):
         """Training FLOPs per token by the convention of PaLM (appendix B) and nanoGPT: 6 N + 12 L T C.
 
-        N are the weights of the matrix products, the head's among them; attention counts in full, with its
-        masked half.
+        N counts the weights of all matmuls, the head's included. Attention counts in full, although half of
+        it is masked.
         """
         c = self.config
         matrices = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and "wpe" not in name)
         return 6 * matrices + 12 * c.n_layer * sequence_length * c.n_embd
 
     def estimate_mfu(self, tokens_per_second, sequence_length, device_name):
-        """Model FLOPs utilisation: the share (0 to 1) of the device's 16-bit peak that training makes use of.
+        """Model FLOPs utilization: training FLOP/s as a fraction (0 to 1) of the device's 16-bit peak.
 
-        FLOPs are counted by `flops_per_token`; None where PEAK_FLOPS does not know the device.
+        FLOPs as in `flops_per_token`. None if the device's peak is unknown.
         """
-        for name, peak in PEAK_FLOPS.items():
-            if re.search(rf"\b{name}\b", device_name):  # an L40 is no L4
-                return self.flops_per_token(sequence_length) * tokens_per_second / peak
-        return None
+        peak = peak_flops(device_name)
+        return peak and self.flops_per_token(sequence_length) * tokens_per_second / peak
 
     def summary(self):
-        """The table of parameters, layer by layer, as text."""
+        """A table of the parameters, layer by layer, as text."""
         transformer = self.transformer
         parts = [("transformer.wte (= lm_head)", transformer.wte), ("transformer.wpe", transformer.wpe)]
         for i, block in enumerate(transformer.h):
@@ -369,90 +321,42 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source):
-        """A GPT with the weights of "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a Hugging Face folder.
+        """The model of "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a Hugging Face directory.
 
-        Raises ValueError for what is not a GPT-2 as published, OSError where it can't be found or fetched.
+        Raises ValueError if it is not a GPT-2 as published, OSError if it can't be found or downloaded.
         """
-        from transformers import AutoConfig, GPT2LMHeadModel
-
-        hf_config = AutoConfig.from_pretrained(source)
-        if hf_config.model_type != "gpt2":
-            raise ValueError(f"{source} is a {hf_config.model_type}, not a GPT-2")
-        as_published = dict(
-            activation_function=("gelu_new", "gelu_pytorch_tanh"), layer_norm_epsilon=(1e-5,),
-            tie_word_embeddings=(True,), scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
-            add_cross_attention=(False,), n_inner=(None, 4 * hf_config.n_embd),
-        )
-        for name, expected in as_published.items():
-            if getattr(hf_config, name) not in expected:
-                raise ValueError(f"{source} has {name}={getattr(hf_config, name)!r}, "
-                                 f"GPT-2 has {expected[0]!r}")
-
-        shape = dict(n_layer=hf_config.n_layer, n_head=hf_config.n_head, n_embd=hf_config.n_embd)
-        config = GPTConfig(hf_config.n_positions, hf_config.vocab_size, **shape)
-        theirs, info = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        absent = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])} - {"lm_head.weight"})
-        if absent:  # transformers makes them up
-            raise ValueError(f"{source} lacks {', '.join(absent[:3])}, or has it in another shape")
-        state = {name: from_hf(name, tensor) for name, tensor in theirs.state_dict().items()}
-        return cls.from_state(config, state)
+        shape, state = huggingface.read_gpt2(source)
+        return cls.from_state(GPTConfig(**shape), state)
 
     @classmethod
     def from_state(cls, config, state):
-        """The model of `config` and its state dict, in eval mode; the tensors of `state` become its own."""
-        layers = sum(name.endswith(".ln_1.weight") for name in state)
-        if layers != config.n_layer:  # before a config from a stranger builds a model of any size
+        """The model of `config` and a state dict, in eval mode. It takes over the tensors of `state`."""
+        layers = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
+        if layers != config.n_layer:  # an absurd number of layers must not be built first
             raise ValueError(f"n_layer is {config.n_layer}, but there are weights of {layers} layers")
-        with torch.device("meta"):  # nothing is allocated or initialised that the state dict brings anyway
+        with torch.device("meta"):  # allocate and initialize nothing: the state dict has all tensors
             model = cls(config)
-        # files hold the tied matrix once
+        # files store the tied matrix once
         state = {"lm_head.weight": state["transformer.wte.weight"], **state}
         model.load_state_dict(state, assign=True)
-        model.lm_head.weight = model.transformer.wte.weight  # assigning untied them
+        model.lm_head.weight = model.transformer.wte.weight  # tie them again
         return model.requires_grad_(True).eval()
 
     def state_to_save(self):
-        """The state dict without lm_head.weight, which is transformer.wte.weight."""
+        """The state dict without lm_head.weight, which is the same tensor as transformer.wte.weight."""
         return {name: tensor for name, tensor in self.state_dict().items() if name != "lm_head.weight"}
 
     def save_pretrained(self, directory):
-        """Write a Hugging Face directory for `GPT2LMHeadModel.from_pretrained`, its vocabulary not padded.
-
-        That class always has biases: those of a model without (bias=False) are written as zeros.
-        """
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        c = self.config
-        end_of_text = c.num_tokens - 1
-        hf_config = GPT2Config(
-            vocab_size=c.num_tokens, n_positions=c.block_size,
-            n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-            bos_token_id=end_of_text, eos_token_id=end_of_text,
-        )
-        hf_model = GPT2LMHeadModel(hf_config)
-        state = {name: torch.zeros_like(tensor) for name, tensor in hf_model.state_dict().items()
-                 if name.endswith(".bias")}
-        state |= {name: from_hf(name, tensor.detach().cpu()) for name, tensor in self.state_to_save().items()}
-        state["transformer.wte.weight"] = state["transformer.wte.weight"][: c.num_tokens]
-        state["lm_head.weight"] = state["transformer.wte.weight"]
-        hf_model.load_state_dict(state)
-        hf_model.generation_config.pad_token_id = end_of_text  # what generate() takes, with a warning
-        hf_model.save_pretrained(directory)
-
-
-def from_hf(name, tensor):
-    """A tensor of Hugging Face's GPT-2 as this model has it, and the other way round: OpenAI's Conv1D is a
-    Linear whose weight is stored transposed. attn.c_proj is square, so that no shape would tell."""
-    conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-    return tensor.t().contiguous() if name.endswith(conv1d) else tensor
+        """Write a Hugging Face directory for `GPT2LMHeadModel.from_pretrained`, without the padding rows."""
+        huggingface.write_gpt2(self, directory)
 
 
 def check_sampling(idx, max_new_tokens, temperature, top_k, top_p):
+    """Raise ValueError for invalid arguments of `GPT.stream`."""
     if idx.dim() != 2 or idx.size(1) == 0:
-        raise ValueError(f"a prompt of at least one token is needed, (B, T), not {tuple(idx.shape)}")
+        raise ValueError(f"the prompt must have at least one token: (B, T), not {tuple(idx.shape)}")
     if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must not be negative, it is {max_new_tokens}")
+        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature}")
     if top_k is not None and top_k < 1:
@@ -465,16 +369,16 @@ def next_token(logits, temperature, top_k, top_p, generator):
     """Draw one id from each row of logits (B, V): (B, 1)."""
     largest = logits.amax(dim=-1, keepdim=True)  # (B, 1)
     if not largest.isfinite().all():
-        raise ValueError("the model's logits are not finite: its training has diverged")
+        raise ValueError("the model's logits are not finite: its training diverged")
     if temperature < 1e-6:  # the division below would overflow
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids, top_p = (logits - largest) / temperature, None, top_p or 1
-    if top_k or top_p < 1:  # the likeliest first, and no others: a draw from all takes longer
+    if top_k or top_p < 1:  # sort, and draw from these alone: a draw from all tokens takes longer
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k)
     probs = logits.softmax(dim=-1)
     if top_p < 1:
-        before = probs.cumsum(dim=-1) - probs  # the probability of all likelier tokens
-        # a smaller top_p may be 0 as a float32: not even the likeliest would stay
+        before = probs.cumsum(dim=-1) - probs  # the probability of all more likely tokens
+        # a smaller top_p could be 0 in float32, and would drop even the most likely token
         probs = probs.masked_fill(before >= max(top_p, 1e-30), 0.0)
     choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
     return choice if ids is None else ids.gather(-1, choice)

@@ -5,18 +5,19 @@
     python sample.py -m log -p @prompt.txt --temperature 0
 
 Without -p, on a terminal, it asks for prompts until an empty line. There, Ctrl-C stops a text, the arrow keys
-bring earlier prompts back, and /temp 0.7, /top_k 50, /top_p 0.9, /tokens 200, /seed 1 change the settings.
+recall earlier prompts, and /temp 0.7, /top_k 50, /top_p 0.9, /tokens 200, /seed 1 change the settings.
 """
 
 import argparse
 import codecs
 import contextlib
+import importlib
 import sys
 from pathlib import Path
 
-from files import UserError, run
+from kit.flags import integer
 
-# what can be typed between two prompts: the setting it changes, and of what kind that is
+# the commands between two prompts: the setting that each changes, and its type
 COMMANDS = {"temp": ("temperature", float), "top_k": ("top_k", int), "top_p": ("top_p", float),
             "tokens": ("max_new_tokens", int)}
 PROMPT = "Hello, I'm a language model,"
@@ -30,45 +31,42 @@ def parse_args(argv=None):
     parser.add_argument("-m", "--model_type", default="log",
                         help="a run's log directory (its newest checkpoint), one checkpoint, "
                              "gpt2, gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory")
-    parser.add_argument("-d", "--device", help="cuda, mps or cpu (found by itself)")
+    parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     parser.add_argument("-p", "--prompt", help='text, or @FILE; "" starts a new document')
-    parser.add_argument("-n", "--num_samples", type=int, default=1, help="continuations of the prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="it ends earlier at <|endoftext|>")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
+    parser.add_argument("-n", "--num_samples", type=integer(1), default=1, help="continuations of the prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="at most; <|endoftext|> ends a text")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
+    parser.add_argument("--top_k", type=int, help="draw only from the k most likely tokens")
     parser.add_argument("--top_p", type=float,
-                        help="draw from the likeliest tokens that together reach p only")
-    parser.add_argument("--seed", type=int, default=1337)
+                        help="draw only from the most likely tokens that together have probability p")
+    parser.add_argument("--seed", type=integer(0), default=1337, help="of the random draws")
     parser.add_argument("--int8", action="store_true",
-                        help="weights in 8 bits: two to three times as fast on a CPU, at times another word")
-    args = parser.parse_args(argv)
-    if args.num_samples < 1:
-        parser.error("argument -n: must be at least 1")
-    if not 0 <= args.seed < 2**63:
-        parser.error("argument --seed: must lie between 0 and 2**63 - 1")
-    return args
+                        help="8-bit weights: two to three times as fast on a CPU, occasionally another token")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before torch is imported, so that --help and a wrong flag answer at once
+    args = parse_args()
 
-import torch  # noqa: E402
+import torch
 
-from checkpoint import load_model_and_tokenizer, pick_device  # noqa: E402
-from model import check_sampling  # noqa: E402
-from packed import pack  # noqa: E402
+from checkpoint import load_model_and_tokenizer
+from kit.device import pick_device
+from kit.files import UserError, run_script
+from kit.packed import pack
+from model import check_sampling
 
 
 def encode_prompt(prompt, tokenizer):
-    """Ids of a prompt, (1, T); <|endoftext|> in it means the token, and an empty prompt is one."""
+    """Ids of a prompt, (1, T). <|endoftext|> in it means the special token; an empty prompt becomes one."""
     ids = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]
     return torch.tensor([ids])
 
 
 def print_samples(model, tokenizer, prompt, num_samples, max_new_tokens, generator=None, **settings):
-    """Print `num_samples` continuations of a prompt, up to <|endoftext|> each.
+    """Print `num_samples` continuations of a prompt, each up to <|endoftext|>.
 
-    They are generated as one batch; the first is printed token by token, the others once it is complete.
+    They are generated as one batch: the first is printed token by token, then the others.
     settings: temperature, top_k, top_p as for GPT.stream.
     """
     device = model.transformer.wte.weight.device
@@ -97,20 +95,20 @@ def read_prompt(prompt):
     try:
         return Path(prompt[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"-p {prompt}: can't be read as text ({error})") from error
+        raise UserError(f"-p {prompt} can't be read as text ({error})") from error
 
 
 def typed_prompts(settings, generator):
-    """The prompts that a person types, up to an empty line or Ctrl-D; /commands change the settings."""
-    with contextlib.suppress(ImportError):  # not on Windows
-        import readline  # noqa: F401 - makes input() know the arrow keys and a history
-    print("a prompt, /help, or an empty line to leave")
+    """Yield the prompts that the user types, until an empty line or Ctrl-D. /commands change the settings."""
+    with contextlib.suppress(ImportError):  # missing on Windows
+        importlib.import_module("readline")  # gives input() arrow keys and a history
+    print("type a prompt, /help, or an empty line to leave")
     while True:
         try:
             line = input("prompt> ")
         except EOFError:
             return
-        except KeyboardInterrupt:  # drops the line, as shells do
+        except KeyboardInterrupt:  # discards the line, as in a shell
             print()
             continue
         if line in ("", "/quit", "/exit"):
@@ -123,11 +121,11 @@ def typed_prompts(settings, generator):
 
 
 def change(settings, generator, name, value):
-    """Do what a line like "/temp 0.7" says; return the answer, which tells a mistake, too."""
+    """Execute a command such as "/temp 0.7"; return the answer or the error as text."""
     try:
         if name == "seed":
             generator.manual_seed(int(value))
-            return f"seed {value}: from here the same prompts bring the same texts again"
+            return f"seed {value}"
         setting, kind = COMMANDS[name]
         off = value == "off" and name in ("top_k", "top_p")
         changed = {**settings, setting: None if off else kind(value)}
@@ -135,7 +133,7 @@ def change(settings, generator, name, value):
         settings.update(changed)
     except KeyError:
         return ("/temp 0.7, /top_k 50 or off, /top_p 0.9 or off, /tokens 200, /seed 1; Ctrl-C stops a text, "
-                "/quit or an empty line the session")
+                "/quit or an empty line ends the session")
     except (ValueError, RuntimeError) as error:  # RuntimeError: a seed of more than 64 bits
         return f"/{name} {value}: {error}"
     return ", ".join(f"{setting} {value}" for setting, value in settings.items() if value is not None)
@@ -151,7 +149,7 @@ def main(args):
     typed = prompt is None and sys.stdin.isatty()
     device = pick_device(args.device)
     if args.int8 and device != "cpu":
-        raise UserError(f"--int8: its kernels run on the CPU, not on {device}; add -d cpu, or leave it out")
+        raise UserError(f"--int8 runs on the CPU only, not on {device}: add -d cpu, or leave out --int8")
     model, tokenizer = load_model_and_tokenizer(args.model_type, device)
     if device == "cpu":
         pack(model, args.int8)
@@ -160,16 +158,16 @@ def main(args):
     for prompt in typed_prompts(settings, generator) if typed else prompts:
         tokens, block_size = encode_prompt(prompt, tokenizer).size(1), model.config.block_size
         if tokens > block_size:
-            print(f"the prompt has {tokens} tokens, the model reads the last {block_size}", file=sys.stderr)
+            print(f"the prompt has {tokens} tokens: the model reads the last {block_size}", file=sys.stderr)
         try:
             print_samples(model, tokenizer, prompt, args.num_samples, generator=generator, **settings)
         except KeyboardInterrupt:
             if not typed:
                 raise
-            print()  # the text has ended, the program has not
+            print()  # ends the text, not the session
         except ValueError as error:
             raise UserError(f"{args.model_type}: {error}") from error
 
 
 if __name__ == "__main__":
-    run(main, args)
+    run_script(main, args)

@@ -2,7 +2,7 @@
 
     python tokenizer.py train FILES --vocab_size 2048 --out my_tokenizer.json
 
-Either way the tokenizer is a `tiktoken.Encoding`, so nothing else here needs to know which it is.
+Either way the tokenizer is a `tiktoken.Encoding`, and the rest of the program treats both alike.
 """
 
 import argparse
@@ -13,11 +13,13 @@ import threading
 from base64 import b64encode
 from pathlib import Path
 
-from files import UserError, atomic_write, run
+from kit.files import UserError, atomic_write, run_script
+from kit.flags import integer
+from kit.sources import read_texts
 
-END_OF_TEXT = "<|endoftext|>"  # stands before each document; the only special token
-RENEW_AFTER = 1000  # calls for a thread's gigatoken, which are 4 GB of fineweb_edu.py's text
-per_thread = threading.local()  # by name: its gigatoken, and how often that was asked for
+END_OF_TEXT = "<|endoftext|>"  # precedes each document; the only special token
+RENEW_AFTER = 1000  # calls after which a thread gets a new gigatoken: 4 GB of fineweb_edu.py's text
+per_thread = threading.local()  # by tokenizer: the thread's gigatoken, and how often it was used
 
 
 def parse_args(argv=None):
@@ -25,7 +27,8 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train", help="learn a tokenizer from files")
     command.add_argument("files", nargs="+", metavar="FILES", help=".txt, .jsonl, .jsonl.gz or .parquet")
-    command.add_argument("--vocab_size", type=int, default=4096, help="ids in all, <|endoftext|> among them")
+    command.add_argument("--vocab_size", type=integer(257, 65536), default=4096,
+                         help="number of ids, including <|endoftext|>")
     command.add_argument("--text_column", default="text", help="where .jsonl and .parquet hold the text")
     command.add_argument("--out", required=True, help="the tokenizer.json to write")
     return parser.parse_args(argv)
@@ -33,9 +36,10 @@ def parse_args(argv=None):
 
 @functools.cache
 def get_tokenizer(name="gpt2"):
-    """The tiktoken.Encoding of "gpt2", or of a file that `train` wrote. Built on first use, then kept.
+    """The tiktoken.Encoding of "gpt2", or of a file that `train` wrote. It is built once and cached.
 
-    Raises UserError if GPT-2's vocabulary is neither cached nor reachable, or the file is no byte-level BPE.
+    Raises UserError if GPT-2's vocabulary is neither cached nor reachable, or if the file is not a byte-level
+    BPE.
     """
     import tiktoken
 
@@ -44,12 +48,12 @@ def get_tokenizer(name="gpt2"):
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: a wrong digest
             raise UserError(
-                "GPT-2's vocabulary can't be fetched: no network? Copy the two files from where they are "
-                "cached, 6d1cbeee0f20b3d9449abfede4726ed8212e3aee (vocab.bpe) and "
-                "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 (encoder.json), into a folder and set "
-                f"TIKTOKEN_CACHE_DIR to it ({type(error).__name__})"
+                f"GPT-2's vocabulary can't be downloaded ({type(error).__name__}). Without a network, copy "
+                "6d1cbeee0f20b3d9449abfede4726ed8212e3aee (vocab.bpe) and "
+                "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 (encoder.json) from the tiktoken cache of another "
+                "machine into a folder and set TIKTOKEN_CACHE_DIR to it"
             ) from error
-    from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 cuts text into words
+    from tiktoken_ext.openai_public import r50k_pat_str  # the pattern that splits text into GPT-2's words
 
     try:
         spec = json.loads(Path(name).read_text(encoding="utf-8"))
@@ -70,10 +74,10 @@ def get_tokenizer(name="gpt2"):
 
 
 def get_fast_tokenizer(name="gpt2"):
-    """gigatoken's tokenizer of the same ids, for a batch of texts; None where it isn't installed.
+    """gigatoken's tokenizer with the same ids, for batches of texts; None if it isn't installed.
 
-    Each thread has its own, for it lets in one at a time, and a new one after RENEW_AFTER calls: what it
-    remembers of the words it met is never forgotten (github.com/marcelroed/gigatoken/issues/36).
+    Each thread has its own, because a shared one serves one thread at a time. After RENEW_AFTER calls it is
+    replaced, because its cache of words never shrinks (github.com/marcelroed/gigatoken/issues/36).
     """
     try:
         import gigatoken
@@ -91,16 +95,16 @@ def get_fast_tokenizer(name="gpt2"):
 
 @functools.cache
 def rank_lines(name):
-    """The tokens of a tokenizer in the form of tiktoken's files, a line each: base64 and rank."""
+    """The tokens of a tokenizer in the format of tiktoken's files: a line for each, base64 and rank."""
     encoding = get_tokenizer(name)
-    # <|endoftext|> is the last id: no text encodes to it
+    # <|endoftext|>, the last id, is left out: no text encodes to it
     tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
     return b"".join(b"%b %d\n" % (b64encode(token), rank) for rank, token in enumerate(tokens))
 
 
 @functools.cache
 def byte_symbols():
-    """GPT-2's way to write each byte as a visible character: itself where it is one, else one from 256 on."""
+    """How GPT-2's files write bytes, {character: byte}: visible ones as themselves, others from 256 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
                *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -114,13 +118,13 @@ def to_bytes(token):
 def train(texts, vocab_size, path):
     """Learn a GPT-2-style byte-level BPE from an iterable of str and write it to `path` as a tokenizer.json.
 
-    Returns the number of ids, less than vocab_size where the text holds too few different pairs. Raises
-    UserError if vocab_size is outside 257 (256 bytes and <|endoftext|>) to 65536 (what a uint16 can name).
+    Returns the number of ids: less than vocab_size if the text has too few different pairs of tokens. Raises
+    UserError if vocab_size is not between 257 (256 bytes and <|endoftext|>) and 65536 (uint16).
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if not 257 <= vocab_size <= 65536:
-        raise UserError(f"--vocab_size must lie between 257 and 65536, not {vocab_size}")
+        raise UserError(f"--vocab_size must be between 257 and 65536, not {vocab_size}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -128,7 +132,7 @@ def train(texts, vocab_size, path):
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     if vocab_size > 257 and bpe.get_vocab_size() == 256:
-        raise UserError("no tokenizer can be learned: the text holds no pair of bytes that comes twice")
+        raise UserError("no tokenizer can be learned: no pair of bytes occurs twice in the text")
 
     vocab = bpe.get_vocab(with_added_tokens=False)
     bpe.model = models.BPE(vocab=vocab, merges=merges(vocab))
@@ -139,24 +143,24 @@ def train(texts, vocab_size, path):
 
 
 def merges(vocab):
-    """The merges, pairs of tokens, that make the tokenizers library encode as tiktoken does with a vocab.
+    """The merges (pairs of tokens) with which the tokenizers library encodes like tiktoken with this vocab.
 
-    tiktoken joins any two neighbours whose union is a token, the earliest learned first. As merges are
-    learned and published, each token would be reached by one way only.
+    tiktoken joins any two neighbours that form a token, in the order in which tokens were learned. Published
+    merges contain only the one pair by which each token was learned.
     """
-    ways = [
+    pairs = [
         (vocab[token], vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:])
         for token in vocab
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
     ]
-    return [way[3:] for way in sorted(ways)]
+    return [pair[3:] for pair in sorted(pairs)]
 
 
 def save_pretrained(encoding, directory, max_length):
-    """Write a tiktoken.Encoding of ours as a Hugging Face tokenizer of the same ids, for AutoTokenizer.
+    """Write a tiktoken.Encoding as a Hugging Face tokenizer with the same ids, for AutoTokenizer.
 
-    max_length: the model's context, in tokens, of which transformers warns.
+    max_length: the model's context, in tokens. transformers warns about longer texts.
     """
     from transformers import GPT2Tokenizer
 
@@ -169,12 +173,11 @@ def save_pretrained(encoding, directory, max_length):
 
 
 def main(args):
-    from fineweb_edu import read_texts
-
     texts = (text for path in args.files for _, text in read_texts(path, args.text_column))
     count = train(texts, args.vocab_size, args.out)
-    print(f"{args.out}: {count} tokens" + (", the text holds no more" if count < args.vocab_size else ""))
+    print(f"{args.out}: {count} tokens" + (", more can't be learned from this text" if count < args.vocab_size
+                                           else ""))
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    run_script(main, parse_args())

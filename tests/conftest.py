@@ -12,8 +12,8 @@ import make
 import pytest
 from runs import Run, train
 
-from files import UserError
 from fineweb_edu import prepare
+from kit.files import UserError
 from tokenizer import get_tokenizer
 from tokenizer import train as train_tokenizer
 

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 
-import files
 import fineweb_edu
 import train_gpt2
+from kit import files, shards, sources
 from model import GPT
 from train_gpt2 import DataLoaderLite
 
@@ -100,7 +100,7 @@ def fill_disk(size):
 
 
 def before_host_is_tuned(act):
-    before(train_gpt2, "tune_host", lambda: True, act)
+    before(train_gpt2, "tune", lambda *_, **__: True, act)
 
 
 def at_step(number, act):
@@ -242,7 +242,7 @@ def busy(name):
 
 def small_batches(chars):
     """Read the texts in batches of so many characters: a small file has many."""
-    patch(fineweb_edu, "BATCH_CHARS", chars)
+    patch(sources, "BATCH_CHARS", chars)
 
 
 def without_gigatoken():
@@ -272,10 +272,10 @@ def after_first_shard(act):
 
 def without_last_shards():
     """A preparation ends before it writes its last shards."""
-    patch(fineweb_edu.ShardWriter, "finish", lambda self: None)
+    patch(shards.ShardWriter, "finish", lambda self: None)
 
 
 if __name__ == "__main__":
     script = importlib.import_module(sys.argv[1].removesuffix(".py"))
     exec(os.environ["FAULT"])
-    script.run(script.main, script.parse_args(sys.argv[2:]))
+    files.run_script(script.main, script.parse_args(sys.argv[2:]))

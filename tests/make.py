@@ -14,7 +14,8 @@ import pyarrow.parquet
 import torch
 
 import checkpoint
-import files
+from checkpoint import Progress
+from kit import files
 from model import GPT, GPTConfig
 
 # ------------------------------------------------------------------------------------------------ HellaSwag
@@ -140,7 +141,7 @@ def with_biases(model):
 def small_checkpoint(log_dir, model=None, step=2, tokenizer="gpt2", **more):
     """Save a model, by default a small new one, as the checkpoint of a step; return the checkpoint's path."""
     path = log_dir / f"ckpt_{step:06d}"
-    checkpoint.save(path, step, small_gpt() if model is None else model, tokenizer, **more)
+    checkpoint.save(path, small_gpt() if model is None else model, Progress(step), tokenizer, **more)
     return path
 
 

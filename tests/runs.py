@@ -13,8 +13,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
-import files
 import train_gpt2
+from kit import files
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,7 +78,7 @@ def run_here(module, *flags):
     status = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            files.run(module.main, module.parse_args(list(map(str, flags))))
+            files.run_script(module.main, module.parse_args(list(map(str, flags))))
         except SystemExit as end:
             status = end.code
     for stream in (out, err):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import DamagedCheckpoint
-from files import UserError
+from checkpoint import DamagedCheckpoint, Progress
+from kit.device import pick_device
+from kit.files import UserError
 from model import GPT
 
 
@@ -33,7 +34,7 @@ def same(a, b):
 
 def test_a_loaded_checkpoint_trains_on_bit_for_bit(tmp_path, learned):
     model, optimizer = trained()
-    checkpoint.save(tmp_path / "ckpt_000002", 2, model, learned, optimizer, val_loss=1.25)
+    checkpoint.save(tmp_path / "ckpt_000002", model, Progress(2, 1.25), learned, optimizer)
     again, meta = checkpoint.load(tmp_path / "ckpt_000002")
     assert (meta["step"], meta["val_loss"]) == (2, 1.25) and same(model, again)
     assert again.lm_head.weight is again.transformer.wte.weight and not again.training
@@ -50,20 +51,20 @@ def test_a_loaded_checkpoint_trains_on_bit_for_bit(tmp_path, learned):
 def test_the_newest_valid_checkpoint_is_found_and_the_damaged_ones_named(tmp_path):
     model, optimizer = trained()
     for step in (5, 10, 1000000):
-        checkpoint.save(tmp_path / f"ckpt_{step:06d}", step, model, optimizer=optimizer)
+        checkpoint.save(tmp_path / f"ckpt_{step:06d}", model, Progress(step), optimizer=optimizer)
     assert checkpoint.latest(tmp_path) == (tmp_path / "ckpt_1000000", [])
     shutil.rmtree(tmp_path / "ckpt_1000000")
     (tmp_path / "ckpt_1000000").mkdir()
     newest, skipped = checkpoint.latest(tmp_path)
     assert newest.name == "ckpt_000010" and "ckpt_1000000" in skipped[0]
-    checkpoint.save(tmp_path / "ckpt_000015", 15, model, optimizer=optimizer)
+    checkpoint.save(tmp_path / "ckpt_000015", model, Progress(15), optimizer=optimizer)
     checkpoint.prune(tmp_path, 2, 15)  # the damaged newer one does not count
     names = [path.name for path in checkpoint.numbered(tmp_path)]
     assert names == ["ckpt_1000000", "ckpt_000015", "ckpt_000010"]
-    checkpoint.save(tmp_path / "ckpt_1000000", 1000000, model)  # a damaged one is replaced
+    checkpoint.save(tmp_path / "ckpt_1000000", model, Progress(1000000))  # a damaged one is replaced
     assert checkpoint.latest(tmp_path)[0].name == "ckpt_1000000"
     assert checkpoint.latest(tmp_path, to_resume=True)[0].name == "ckpt_000015"  # that one has an optimizer
-    checkpoint.save(tmp_path / "ckpt_1000000", 1000000, model, optimizer=optimizer)
+    checkpoint.save(tmp_path / "ckpt_1000000", model, Progress(1000000), optimizer=optimizer)
     checkpoint.prune(tmp_path, 2, 1000000)
     assert [path.name for path in checkpoint.numbered(tmp_path)] == ["ckpt_1000000", "ckpt_000015"]
 
@@ -73,28 +74,28 @@ def test_the_newest_valid_checkpoint_is_found_and_the_damaged_ones_named(tmp_pat
 def test_damage_is_found_before_anything_is_used(tmp_path, capsys, name, how):
     model, optimizer = trained()
     path = tmp_path / "ckpt_000002"
-    checkpoint.save(path, 2, model, optimizer=optimizer)
+    checkpoint.save(path, model, Progress(2), optimizer=optimizer)
     make.damage(path / name, how)
     with pytest.raises(DamagedCheckpoint, match="ckpt_000002"):
         checkpoint.load(path)
     assert checkpoint.latest(tmp_path)[0] is None
     with pytest.raises(UserError, match="no valid checkpoint.*ckpt_000002.*train_gpt2.py"):
         checkpoint.load_model(tmp_path)
-    checkpoint.save(tmp_path / "ckpt_000001", 1, model, optimizer=optimizer)
+    checkpoint.save(tmp_path / "ckpt_000001", model, Progress(1), optimizer=optimizer)
     checkpoint.load_model(tmp_path)  # the older one, and it says so
-    assert "passed over: " in (told := capsys.readouterr().err) and "ckpt_000002" in told
+    assert "skipped damaged checkpoint: " in (told := capsys.readouterr().err) and "ckpt_000002" in told
 
 
 def test_a_crash_while_saving_leaves_the_old_one(tmp_path, monkeypatch):
     old, new = trained(seed=1)[0], trained(seed=2)[0]
-    checkpoint.save(tmp_path / "best", 1, old)
+    checkpoint.save(tmp_path / "best", old, Progress(1))
     for victim in ("save_file", "sync"):  # in the middle, and when all is written but not renamed yet
         with monkeypatch.context() as patch:
             patch.setattr(
                 checkpoint, victim, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
             )
             with pytest.raises(OSError, match="No space"):
-                checkpoint.save(tmp_path / "best", 2, new)
+                checkpoint.save(tmp_path / "best", new, Progress(2))
         assert same(checkpoint.load_model(tmp_path / "best"), old) and not list(tmp_path.glob(".*"))
     (tmp_path / "best").rename(tmp_path / ".best.old.tmp")  # killed between the two renames
     (tmp_path / ".ckpt_000002.tmp").mkdir()
@@ -108,22 +109,22 @@ def test_a_source_or_device_that_does_not_exist_is_refused(tmp_path):
             checkpoint.load_model(source)
     for device in ("tpu", "cuda:x", "cpu:1", "cuda:99"):
         with pytest.raises(UserError, match="--device"):
-            checkpoint.pick_device(device)
-    assert checkpoint.pick_device("cpu:0") == "cpu:0"
+            pick_device(device)
+    assert pick_device("cpu:0") == "cpu:0"
 
 
 def test_list_and_verify_show_steps_losses_sizes_and_damage(tmp_path, capsys):
     model, optimizer = trained()
-    checkpoint.save(tmp_path / "ckpt_000005", 5, model, optimizer=optimizer, val_loss=5.25)
-    checkpoint.save(tmp_path / "ckpt_000010", 10, model, optimizer=optimizer, val_loss=None)
-    checkpoint.save(tmp_path / "best", 5, model, val_loss=5.25)
+    checkpoint.save(tmp_path / "ckpt_000005", model, Progress(5, 5.25), optimizer=optimizer)
+    checkpoint.save(tmp_path / "ckpt_000010", model, Progress(10, None), optimizer=optimizer)
+    checkpoint.save(tmp_path / "best", model, Progress(5, 5.25))
 
     def shown(command, directory=tmp_path):
         checkpoint.main(checkpoint.parse_args([command, str(directory)]))
         return capsys.readouterr().out.splitlines()
 
     lines = shown("list")
-    assert [line + ", as written" for line in lines] == shown("verify") and len(lines) == 3
+    assert [line + ", verified" for line in lines] == shown("verify") and len(lines) == 3
     expected = ("000005: step 5, val loss 5.2500, ", "000010: step 10, not evaluated, ", "best: step 5, ")
     for line, words in zip(lines, expected):
         assert words in line and line.endswith(" MB")
@@ -135,7 +136,7 @@ def test_list_and_verify_show_steps_losses_sizes_and_damage(tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         shown("verify")
     first, second, _ = capsys.readouterr().out.splitlines()
-    assert "damaged" in first and "digest" in first and second.endswith("as written")
+    assert "damaged" in first and "digest" in first and second.endswith("verified")
     path.write_bytes(b"")
     (tmp_path / "ckpt_000010" / "meta.json").unlink()
     for directory in (tmp_path, tmp_path / "ckpt_000005", tmp_path / "ckpt_000010"):

@@ -19,8 +19,10 @@ from runs import assert_refused, run_here, run_script
 
 import fineweb_edu
 import tokenizer
-from files import UserError
-from fineweb_edu import open_shards, prepare, verify
+from fineweb_edu import prepare
+from kit import shards, sources
+from kit.files import UserError, digest
+from kit.shards import open_bin, open_shards, verify
 from tokenizer import get_fast_tokenizer, get_tokenizer, train
 from train_gpt2 import DataLoaderLite
 
@@ -57,7 +59,7 @@ def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc
 def test_with_gigatoken_tiktoken_encodes_only_a_sample(tmp_path, texts, learned, calls_of):
     """The other texts do not even become Python strings."""
     make.write_parquet(tmp_path / "a.parquet", texts * 6)
-    encodings, made_strings = calls_of(fineweb_edu, "encode"), calls_of(fineweb_edu, "documents")
+    encodings, made_strings = calls_of(fineweb_edu, "encode"), calls_of(sources, "documents")
     prepare([tmp_path / "a.parquet"], tmp_path / "out", {}, tokenizer=learned)
     [(sample, _)] = encodings
     assert sum(len(text) for _, text in sample) <= 64 * 4096 < sum(map(len, texts * 6)) / 5
@@ -95,7 +97,7 @@ def writer_and_ids(directory, file_format, count):
     manifest = dict(file_format=file_format, shard_size=16 * 10**6, val_tokens=None, shards=[], batches=[])
     manifest["next"] = (0, 0, 0)
     parts = [np.arange(n, n + 2 * 10**6).astype(np.uint16) for n in range(count)]
-    return fineweb_edu.ShardWriter(directory, manifest), parts
+    return shards.ShardWriter(directory, manifest), parts
 
 
 @pytest.mark.parametrize("file_format", ["npy", "bin"])
@@ -103,20 +105,20 @@ def test_ids_do_not_stay_in_memory(tmp_path, file_format, monkeypatch):
     """80 MB of ids reach the disk part by part, before the length of the val split is known."""
     writer, parts = writer_and_ids(tmp_path, file_format, 20)
     manifest = writer.manifest
-    released, release = [], fineweb_edu.release
-    monkeypatch.setattr(fineweb_edu, "release", lambda file: released.append(file.tell()) or release(file))
+    dropped, drop = [], shards.drop_cached_pages
+    monkeypatch.setattr(shards, "drop_cached_pages", lambda file: dropped.append(file.tell()) or drop(file))
     tracemalloc.start()
     for batch, part in enumerate(parts):
         assert bool(manifest["shards"]) == (batch >= 16)  # two shards are full
         writer.add(0, batch, part)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < parts[0].nbytes and max(np.diff(released)) <= parts[0].nbytes
+    assert peak < parts[0].nbytes and max(np.diff(dropped)) <= parts[0].nbytes
     writer.finish()
     paths = [tmp_path / shard["file"] for shard in manifest["shards"]]
-    shards = [np.load(path) if file_format == "npy" else fineweb_edu.open_bin(path) for path in paths]
-    assert [len(tokens) for tokens in shards] == [16 * 10**6, 16 * 10**6, 8 * 10**6]
-    assert np.array_equal(np.concatenate(shards), np.concatenate(parts)) and shards[0].dtype == np.uint16
+    written = [np.load(path) if file_format == "npy" else open_bin(path) for path in paths]
+    assert [len(tokens) for tokens in written] == [16 * 10**6, 16 * 10**6, 8 * 10**6]
+    assert np.array_equal(np.concatenate(written), np.concatenate(parts)) and written[0].dtype == np.uint16
 
 
 def test_a_short_stream_is_split_again_part_by_part(tmp_path):
@@ -131,9 +133,9 @@ def test_a_short_stream_is_split_again_part_by_part(tmp_path):
     assert peak < 4 * parts[0].nbytes
     names = [shard["file"] for shard in writer.manifest["shards"]]
     assert sorted(names + ["manifest.json"]) == sorted(path.name for path in tmp_path.iterdir())
-    shards = [np.load(tmp_path / name) for name in names]
-    assert [len(tokens) for tokens in shards] == [2_400_000, 16 * 10**6, 5_600_000]
-    assert np.array_equal(np.concatenate(shards), np.concatenate(parts))
+    written = [np.load(tmp_path / name) for name in names]
+    assert [len(tokens) for tokens in written] == [2_400_000, 16 * 10**6, 5_600_000]
+    assert np.array_equal(np.concatenate(written), np.concatenate(parts))
 
 
 def test_parquet_of_any_kind_encodes_as_its_texts(tmp_path, texts, learned, faults):
@@ -171,7 +173,7 @@ def test_half_a_character_encodes_as_by_tiktoken(learned):
 def test_a_text_in_pieces_encodes_as_the_whole(learned, faults, text):
     for size in (1, 2, 7, 50):
         faults.small_batches(size)
-        pieces = list(fineweb_edu.read_pieces(io.StringIO(text, newline="")))
+        pieces = list(sources.read_pieces(io.StringIO(text, newline="")))
         ids = [i for _, piece in pieces for i in get_tokenizer(learned).encode_ordinary(piece)]
         assert ids == get_tokenizer(learned).encode_ordinary(text)
         assert [starts for starts, _ in pieces] == [True] + [False] * (len(pieces) - 1)
@@ -239,7 +241,7 @@ def test_fineweb_edu_comes_from_the_hub(tmp_path, texts, learned):
         wrong = run_script(*command, "--name", "nope", "--data_dir", tmp_path / "x", check=False, env=env)
     assert_refused(wrong, "--dataset", "nope", "sample-10BT")
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts[:40], learned))
-    source = fineweb_edu.read_manifest(tmp_path / "out")["source"]
+    source = shards.read_manifest(tmp_path / "out")["source"]
     assert (source["dataset"], source["name"]) == (hub.REPOSITORY, "sample-10BT")
     assert source["revision"] == hub.REVISION
     fetched = [path for method, path in server.asked if method == "GET" and path.endswith(".parquet")]
@@ -260,7 +262,7 @@ def test_other_datasets_come_from_the_hub_by_name(tmp_path, texts, learned, data
     with hub.serve_dataset(files, repository=repository) as server:
         run_script(*command, env=hub.environment(server, tmp_path))
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(texts[:20], learned))
-    source = fineweb_edu.read_manifest(tmp_path / "out")["source"]
+    source = shards.read_manifest(tmp_path / "out")["source"]
     assert (source["dataset"], source["ref"], source["revision"]) == (repository, ref, hub.REVISION)
     assert ("HEAD", f"/datasets/{repository}/resolve/{ref or 'main'}/README.md") in server.asked
 
@@ -276,17 +278,17 @@ def test_the_default_directory_of_each_dataset():
 def test_tinyshakespeare_is_downloaded_once_and_known_by_its_digest(tmp_path, learned, monkeypatch):
     text = "to be, or not to be\n" * 100
     (tmp_path / "served.txt").write_text(text)
-    expected = fineweb_edu.digest(tmp_path / "served.txt")
+    expected = digest(tmp_path / "served.txt")
     arguments = ["--dataset", "tinyshakespeare", "--tokenizer", learned, "--data_dir", str(tmp_path / "out")]
     args = fineweb_edu.parse_args(arguments)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with hub.serve(handler) as server:
         url = f"{server.url}/served.txt"
-        monkeypatch.setitem(fineweb_edu.TEXTS, "tinyshakespeare", (url, "0" * 32))
+        monkeypatch.setitem(sources.TEXTS, "tinyshakespeare", (url, "0" * 32))
         with pytest.raises(UserError, match="another text.*--input"):
             fineweb_edu.main(args)
         assert not (tmp_path / "out").exists()
-        monkeypatch.setitem(fineweb_edu.TEXTS, "tinyshakespeare", (url, expected))
+        monkeypatch.setitem(sources.TEXTS, "tinyshakespeare", (url, expected))
         fineweb_edu.main(args)
     fineweb_edu.main(fineweb_edu.parse_args(arguments))  # from the copy
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream([text], learned))
@@ -317,13 +319,13 @@ def test_bin_shards_are_those_of_llm_c(tmp_path, texts, learned):
     for _ in range(10):
         x, y = zip(*(loader.next_batch() for loader in loaders))
         assert x[0].equal(x[1]) and y[0].equal(y[1])
-    assert fineweb_edu.source_of(theirs)["dataset"] == "HuggingFaceFW/fineweb-edu"
+    assert shards.source_of(theirs)["dataset"] == "HuggingFaceFW/fineweb-edu"
     small = tmp_path / "small"  # those of dev/data/tinyshakespeare.py have no number
     small.mkdir()
     for split in ("val", "train"):
         path = next((tmp_path / "bin").glob(f"*_{split}_*"))
         shutil.copyfile(path, small / f"tiny_shakespeare_{split}.bin")
-    assert len(stream_of(small)) > 30_000 and fineweb_edu.source_of(small) == {}
+    assert len(stream_of(small)) > 30_000 and shards.source_of(small) == {}
     victim = theirs / "edu_fineweb_train_000001.bin"
     content = bytearray(victim.read_bytes())
     for damaged, words in (

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from runs import assert_refused, kill_all, ranks_of, read_log, run_here, run_script, start_script, train
 
-import files
 import fineweb_edu
 import hellaswag
-from files import UserError
-from fineweb_edu import open_shards
+from kit import files
+from kit import shards as shards_module
+from kit.files import UserError
+from kit.shards import open_shards
 from train_gpt2 import DataLoaderLite
 
 # --------------------------------------------------------------------------------------------------- shards
@@ -74,20 +75,20 @@ def test_a_damaged_shard_without_a_manifest_is_refused(shards, tmp_path, how, wo
 def test_shards_are_read_completely_only_once(shards, tmp_path, calls_of):
     """A run checks their digests when it first uses them, and again when a file has changed."""
     make.copy_shards(shards, tmp_path / "data")
-    digested = calls_of(fineweb_edu, "digest")
-    names = [shard["file"] for shard in fineweb_edu.read_manifest(tmp_path / "data")["shards"]]
+    digested = calls_of(shards_module, "digest")
+    names = [shard["file"] for shard in shards_module.read_manifest(tmp_path / "data")["shards"]]
 
-    def read_by_prove():
+    def verified():
         digested.clear()
-        fineweb_edu.prove(tmp_path / "data")
+        shards_module.verify_changed(tmp_path / "data")
         return [Path(path).name for path, in digested]
 
-    assert read_by_prove() == names
-    assert read_by_prove() == []
+    assert verified() == names
+    assert verified() == []
     (tmp_path / "data" / names[3]).touch()
-    assert read_by_prove() == [names[3]]
-    (tmp_path / "data" / ".proved.json").write_text("[]")
-    assert read_by_prove() == names
+    assert verified() == [names[3]]
+    (tmp_path / "data" / ".verified.json").write_text("[]")
+    assert verified() == names
 
 
 def test_a_token_beyond_the_vocabulary_is_found_before_it_is_trained_on(shards, tmp_path):
@@ -96,7 +97,7 @@ def test_a_token_beyond_the_vocabulary_is_found_before_it_is_trained_on(shards, 
     ids = np.array(tokens)
     ids[start + 5] = 600
     np.save(path, ids)
-    with pytest.raises(UserError, match=f"{path.name} holds id 600 at {start + 5}, the tokenizer ends at"):
+    with pytest.raises(UserError, match=f"{path.name} contains id 600 at offset {start + 5}, but the tokenizer's"):
         train(tmp_path / "data", tmp_path / "log")
     assert max(read_log(tmp_path / "log"))[0] == 2
 
@@ -144,7 +145,7 @@ def test_sigkill_during_preparation_loses_no_finished_shard(tmp_path, texts, lea
     assert_refused(run_here(fineweb_edu, *flags, killed), str(killed), "another version")  # larger batches
     (killed / ".data_train_000099.npy.tmp").touch()  # what a kill may leave
     faults.small_batches(10**6)
-    assert "going on behind" in run_here(fineweb_edu, *flags, killed).stdout
+    assert "continuing after" in run_here(fineweb_edu, *flags, killed).stdout
     run_here(fineweb_edu, *flags, whole)
     expected = {path.name: path.read_bytes() for path in whole.iterdir()}
     assert {path.name: path.read_bytes() for path in killed.iterdir()} == expected and len(expected) > 15
@@ -187,14 +188,14 @@ def test_a_hub_that_is_busy_and_breaks_off_is_asked_again(tmp_path, texts, learn
     with hub.serve_dataset({"data/train-00000.parquet": content}, faults=faults) as server:
         settings = dict(env=hub.environment(server, tmp_path), fault="short_pauses(0.1)")
         process = run_script(*command, tmp_path / "out", **settings)
-        assert server.faults == [] and "once more in 0.1 s" in process.stderr
-        fineweb_edu.verify(tmp_path / "out")
+        assert server.faults == [] and "retrying in 0.1 s" in process.stderr
+        shards_module.verify(tmp_path / "out")
         # a server that never recovers is one line, and half a download never gets its final name
         server.faults[:] = ["none"]
         shutil.rmtree(tmp_path / "cache")
         process = run_script(*command, tmp_path / "new", check=False, **settings)
         *retries, last = process.stderr.splitlines()
-        assert process.returncode == 2 and re.match(r"error: hf://.* can't be fetched", last), process.stderr
+        assert process.returncode == 2 and re.match(r"error: hf://.* can't be downloaded", last), process.stderr
         assert len(retries) == 5 and not list((tmp_path / "cache").rglob("*.parquet"))
     process = run_script(*command, tmp_path / "other", check=False, **settings)
     assert process.returncode == 2 and "Without network, --input" in process.stderr.splitlines()[-1]

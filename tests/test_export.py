@@ -14,8 +14,7 @@ from runs import assert_refused, run_here, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import checkpoint
-from checkpoint import load_model_and_tokenizer
-from export import export
+from checkpoint import export, load_model_and_tokenizer
 
 TEXTS = ["The try statement\n\nspecifies  exception handlers", " ünï 😀 \t<b>'s</b>", "def f(x):\n    pass"]
 
@@ -145,5 +144,5 @@ def test_push_to_hub_uploads_all_files(whole, tmp_path):
             for line in lines if line["key"] == "file"}
     assert sent == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     assert b'"text-generation", "me/tiny"' in sent["README.md"]
-    assert_refused(refused, "--push_to_hub me/tiny", "403", "stands")
+    assert_refused(refused, "--push_to_hub me/tiny", "403", "the export is complete in")
     assert len(list((tmp_path / "other").iterdir())) == 6

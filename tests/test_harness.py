@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import hellaswag
-from export import export
+from checkpoint import export
 from tokenizer import get_tokenizer
 
 pytestmark = pytest.mark.harness
@@ -92,6 +92,6 @@ def test_real_examples(real_data, gpt2_tokenizer, harness):
 
 def test_rows_in_the_official_format(texts, learned, harness):
     examples = make.official_rows_to_clean(texts)
-    assert any(hellaswag.texts(example, "harness")[0].endswith(" ") for example in examples)
+    assert any(hellaswag.context_and_endings(example, "harness")[0].endswith(" ") for example in examples)
     result = check_against_harness(harness, gpt(64, 512), learned, examples, examples)
     assert 10 < result["endings_cut"] < 100

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from runs import assert_refused, run_here, run_script
 
-import accuracy
 import hellaswag
-import published
+from kit import published, scores
 from tokenizer import get_tokenizer
 
 
@@ -101,14 +100,14 @@ def test_predictions_on_real_examples_equal_one_at_a_time(real_data, gpt2_tokeni
 def test_the_text_that_the_harness_protocol_reads(given, query, ending):
     endings = [given.get("ending", "b"), "c", "d", "e"]
     example = {"activity_label": "Roofs", "ctx": "", **given, "endings": endings}
-    assert hellaswag.texts(example, "harness") == (query, [ending, "c", "d", "e"])
+    assert hellaswag.context_and_endings(example, "harness") == (query, [ending, "c", "d", "e"])
 
 
 def check_harness_against_naive(model, tokenizer, examples):
     """The harness's way: encode context and ending together, cut after the context, sum per character."""
     result = hellaswag.evaluate(model, tokenizer, examples, protocol="harness")
     for i, example in enumerate(examples):
-        query, endings = hellaswag.texts(example, "harness")
+        query, endings = hellaswag.context_and_endings(example, "harness")
         context = query.rstrip()
         sums = []
         for ending in endings:
@@ -140,7 +139,7 @@ def test_harness_protocol_on_real_examples(real_data, gpt2_tokenizer):
     examples = list(hellaswag.iterate_examples(real_data / "hellaswag_val_sample.jsonl"))
     capitalised = 0
     for example in examples:
-        query, endings = hellaswag.texts(example, "harness")
+        query, endings = hellaswag.context_and_endings(example, "harness")
         context, rendered = hellaswag.render_example(example, gpt2_tokenizer, "harness")
         for ending, ids in zip(endings, rendered):
             assert gpt2_tokenizer.encode_ordinary(f"{query} {ending}") == context + ids
@@ -156,40 +155,40 @@ def made_up(*right):
     result = {"predictions": [e["label"] for e in examples],
               "predictions_norm": [(e["label"] + (not ok)) % 4 for e, ok in zip(examples, right)]}
     return examples, {"model": "m", "protocol": "completion", "endings_cut": 0, **result,
-                      **accuracy.figures(examples, result)}
+                      **scores.accuracies(examples, result)}
 
 
-def test_figures_by_group_are_those_of_its_examples(capsys):
+def test_the_accuracy_of_a_group_is_that_of_its_examples(capsys):
     examples, result = made_up(True, False, True, False, False)
-    groups = accuracy.figures_by(examples, result, "activity")
+    groups = scores.accuracies_by(examples, result, "activity")
     assert list(groups) == ["bowling", "archery"]  # the largest first
     assert [(g["n"], g["acc"], g["acc_norm"]) for g in groups.values()] == [(3, 1, 2 / 3), (2, 1, 0)]
     assert groups["bowling"]["acc_norm_stderr"] == pytest.approx((2 / 9 / 2) ** 0.5)
-    assert list(accuracy.figures_by(examples, result, "split")) == ["val"]
+    assert list(scores.accuracies_by(examples, result, "split")) == ["val"]
     examples[0]["split_type"] = "zeroshot"  # the official field takes precedence
-    assert list(accuracy.figures_by(examples, result, "split")) == ["val", "zeroshot"]
-    accuracy.print_groups([{**result, "groups": groups}], "activity", most=1)
+    assert list(scores.accuracies_by(examples, result, "split")) == ["val", "zeroshot"]
+    scores.print_groups([{**result, "groups": groups}], "activity", most=1)
     printed = capsys.readouterr().out
     assert "bowling" in printed and "archery" not in printed and "at most 2 examples: 1 more" in printed
 
 
 def test_mcnemar_is_the_exact_test_and_its_approximation():
-    assert accuracy.mcnemar(0, 0) == accuracy.mcnemar(4, 4) == 1
-    assert accuracy.mcnemar(1, 9) == accuracy.mcnemar(9, 1) == 22 / 1024  # 2 (1 + 10) / 2 ** 10
-    assert accuracy.mcnemar(0, 10) == 2 / 1024
+    assert scores.mcnemar(0, 0) == scores.mcnemar(4, 4) == 1
+    assert scores.mcnemar(1, 9) == scores.mcnemar(9, 1) == 22 / 1024  # 2 (1 + 10) / 2 ** 10
+    assert scores.mcnemar(0, 10) == 2 / 1024
     # with many examples: the normal approximation with continuity correction
-    assert accuracy.mcnemar(2400, 2600) == pytest.approx(math.erfc(199 / 5000**0.5 / 2**0.5), rel=1e-2)
+    assert scores.mcnemar(2400, 2600) == pytest.approx(math.erfc(199 / 5000**0.5 / 2**0.5), rel=1e-2)
 
 
 def test_comparison_of_two_results(capsys):
     examples, a = made_up(True, False, True, False, True, False)
     _, b = made_up(True, True, False, True, True, True)
-    comparison = accuracy.compare(examples, a, b)
+    comparison = scores.compare(examples, a, b)
     assert comparison["acc"] == dict(difference=0, p=1, only_a=[], only_b=[])
     norm = comparison["acc_norm"]
     assert (norm["only_a"], norm["only_b"]) == ([2], [1, 3, 5])
     assert norm["difference"] == pytest.approx(2 / 6) and norm["p"] == 10 / 16
-    accuracy.print_comparison(comparison, "completion")
+    scores.print_comparison(comparison, "completion")
     printed = capsys.readouterr().out
     assert "acc_norm +0.3333" in printed and "p 0.625" in printed and ": 1 2 3 5" in printed
 

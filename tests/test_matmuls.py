@@ -4,8 +4,9 @@ import make
 import pytest
 import torch
 
-import train_gpt2
-from packed import onednn_is_faster
+from kit import device
+from kit.device import tune
+from kit.packed import onednn_is_faster
 
 only_where_faster = pytest.mark.skipif(not onednn_is_faster(), reason="MKL is as fast on this processor")
 
@@ -35,7 +36,7 @@ def step(model):
 def test_onednn_gives_the_same_training_step(precision):
     model = gpt()
     plain = step(model)
-    train_gpt2.tune_products()
+    tune("cpu", training=True)
     for value, expected in zip(step(model), plain):
         assert (value - expected).norm() <= 1e-5 * expected.norm()
 
@@ -43,7 +44,7 @@ def test_onednn_gives_the_same_training_step(precision):
 @only_where_faster
 @pytest.mark.parametrize("rows, fan_in, fan_out", [(1024, 768, 2304), (1024, 3072, 768), (512, 768, 50304)])
 def test_matmuls_of_the_models_shapes_stay_fp32(precision, rows, fan_in, fan_out):
-    train_gpt2.tune_products()
+    tune("cpu", training=True)
     assert precision() == "medium"
     x, w, g = torch.randn(rows, fan_in), torch.randn(fan_out, fan_in), torch.randn(rows, fan_out)
     for a, b in ((x, w.t()), (w.t(), g.t()), (g.t(), x)):
@@ -57,7 +58,7 @@ def test_matmuls_of_the_models_shapes_stay_fp32(precision, rows, fan_in, fan_out
 def test_a_step_asks_onednn_for_each_matmul_once(precision, capfd):
     """MKL does none of them, and none is done twice."""
     model = gpt()
-    train_gpt2.tune_products()
+    tune("cpu", training=True)
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
         step(model)
     lines = [line.split(",") for line in capfd.readouterr().out.splitlines() if ",exec,cpu,matmul," in line]
@@ -69,9 +70,9 @@ def test_a_step_asks_onednn_for_each_matmul_once(precision, capfd):
 @pytest.mark.parametrize("faster, exact, expected", [
     (False, True, "highest"), (True, True, "medium"), (True, False, "highest")])
 def test_onednn_is_used_only_where_it_is_faster_and_exact(precision, monkeypatch, faster, exact, expected):
-    monkeypatch.setattr(train_gpt2, "onednn_is_faster", lambda: faster)
+    monkeypatch.setattr(device, "onednn_is_faster", lambda: faster)
     monkeypatch.setattr(torch, "equal", lambda a, b: exact)
-    train_gpt2.tune_products()
+    tune("cpu", training=True)
     assert precision() == expected
 
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 import transformers
 
 import model as model_module
-from model import GPT, GPT2_SIZES, GPTConfig, LinearCrossEntropy, row_slices
+from kit import loss as loss_module
+from kit.loss import LinearCrossEntropy, row_slices
+from model import GPT, GPT2_SIZES, GPTConfig
 
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=4, n_embd=32)
 
@@ -149,7 +151,7 @@ def plain_loss(gpt, x, y):
 
 
 def test_chunked_loss_has_the_plain_gradients(gpt, monkeypatch):
-    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 48 * 96)  # five slices of 48 rows, the last of 16
+    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 48 * 96)  # five slices of 48 rows, the last of 16
     x, y = tokens(8, 32), tokens(8, 32, seed=1)
     results = []
     for loss in (plain_loss(gpt, x, y), gpt(x, y)[1]):
@@ -177,7 +179,7 @@ def test_chunked_loss_under_autocast(gpt):
 
 def test_the_whole_training_pass_is_one_graph(gpt, monkeypatch):
     """A GPU compiles the loss with the rest: neither it nor its slices break the graph."""
-    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 100 * 96)
+    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 100 * 96)
     x, y = tokens(8, 32), tokens(8, 32, seed=1)
     results = []
     for model in (gpt, torch.compile(gpt, backend="aot_eager", fullgraph=True)):
@@ -192,7 +194,7 @@ def test_the_whole_training_pass_is_one_graph(gpt, monkeypatch):
 
 @torch.no_grad()
 def test_the_evaluation_pass_is_one_graph(gpt, monkeypatch):
-    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 100 * 96)
+    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 100 * 96)
     x, y = tokens(8, 32), tokens(8, 32, seed=1)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         compiled = torch.compile(gpt, backend="aot_eager", fullgraph=True)
@@ -219,7 +221,7 @@ def test_the_loss_holds_one_slice_of_logits_and_no_copy_of_it(monkeypatch):
                            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in given]
             return result
 
-    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 100 * 4096)
+    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 100 * 4096)
     gpt = GPT(GPTConfig(block_size=64, vocab_size=4096, n_layer=1, n_head=1, n_embd=8))
     x = tokens(2, 64)  # 128 rows: two slices of 64, not one of 100 and one of 28
     with Made() as made:
@@ -250,7 +252,7 @@ def test_the_compiled_loss_in_bf16_holds_no_logits_in_fp32():
     @torch.compile(fullgraph=True)
     def loss_of(x, weight, targets):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return LinearCrossEntropy.apply(x, weight, targets)
+            return LinearCrossEntropy.apply(x, weight, targets, F.linear)
 
     _, code = run_and_get_code(loss_of, x, weight, tokens(64, vocab=4096))
     made = re.findall(r"empty_strided_cpu\(\((\d+), (\d+)\).*torch\.(\w+)\)", code[0])

@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 from runs import TINY, run_here
 
 import checkpoint
-import demo
 import fineweb_edu
 import hellaswag
 import sample
 import train_gpt2
-from files import UserError
-from fineweb_edu import encode, encode_fast, open_shards
+from checkpoint import Progress
+from fineweb_edu import encode, encode_fast
+from kit.files import UserError
+from kit.shards import open_shards, tokenizer_of, verify
 from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 from train_gpt2 import DataLoaderLite, get_lr, parse_args
@@ -291,7 +292,7 @@ def test_a_checkpoint_comes_back_for_any_config(config, step, with_optimizer, va
         model(x, x)[1].backward()
         optimizer.step()
     with folder() as path:
-        checkpoint.save(path / f"ckpt_{step:06d}", step, model, optimizer=optimizer, val_loss=val_loss)
+        checkpoint.save(path / f"ckpt_{step:06d}", model, Progress(step, val_loss), optimizer=optimizer)
         newest, skipped = checkpoint.latest(path, to_resume=with_optimizer)
         again, meta = checkpoint.load(newest)
         assert not skipped and (meta["step"], meta["val_loss"]) == (step, val_loss) and again.config == config
@@ -465,7 +466,7 @@ def test_the_shards_are_the_ids_of_the_documents(learned, contents, data, shard_
         assert np.concatenate(val + train).tolist() == stream and sum(map(len, val)) == expected_val
         for shards in (val, train):
             assert all(len(ids) == shard_size for ids in shards[:-1]) and 0 < len(shards[-1]) <= shard_size
-        assert fineweb_edu.verify(path / "data") == len(stream) and not list((path / "data").glob(".*"))
+        assert verify(path / "data") == len(stream) and not list((path / "data").glob(".*"))
 
 
 @cases(120)
@@ -525,11 +526,11 @@ def test_any_manifest_opens_its_shards_or_is_refused_in_one_line(shards, interru
         opened = answer(open_shards, data_dir, "train")
         assert opened is None or json.loads(text)["complete"] is True and all(
             np.array_equal(ids, np.load(source / file.name)) for file, ids in opened)
-        total = answer(fineweb_edu.verify, data_dir)
+        total = answer(verify, data_dir)
         assert total in (None, sum(len(np.load(file)) for file in source.glob("*.npy")))
-        name = answer(fineweb_edu.tokenizer_of, data_dir)
+        name = answer(tokenizer_of, data_dir)
         assert name in (None, "gpt2", str(data_dir / "tokenizer.json"))
-        answer(demo.prepare_demo, data_dir)
+        answer(fineweb_edu.prepare_demo, data_dir)
         before = {file.name for file in data_dir.iterdir()}
         answer(fineweb_edu.prepare, interrupted[0], data_dir, *interrupted[2:])
         assert not list(data_dir.glob(".*.tmp")) and before <= {file.name for file in data_dir.iterdir()}

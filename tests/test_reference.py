@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-import reference
-from files import UserError
+from kit import reference
+from kit.files import UserError
 
 FLAGS = dict(n_layer=2, max_lr=6e-4, seed=1)
 SOURCE = dict(dataset="some/text", name="small")

@@ -16,7 +16,7 @@ from runs import ROOT, assert_refused, run_here, run_script, sources
 
 import checkpoint
 import sample
-from packed import pack
+from kit.packed import pack
 from tokenizer import get_tokenizer
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 
 import checkpoint
 import hellaswag
-from files import UserError
+from kit.files import UserError
 
 
 @pytest.fixture

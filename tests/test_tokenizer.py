@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 from runs import assert_refused, run_script
 
-from files import UserError
+from kit.files import UserError
 from tokenizer import get_tokenizer, train
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 from runs import ROOT, assert_refused, flags_of, read_log, run_script, run_until_killed, train
 
-import tracking
-from files import UserError
+from kit import tracking
+from kit.files import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -30,12 +30,11 @@ from runs import (
 )
 
 import checkpoint
-import demo
 import hellaswag
-import plot
-import reference
 import train_gpt2
-from files import UserError
+from kit import curves, reference, sources
+from kit.device import compile_model
+from kit.files import UserError
 from train_gpt2 import get_lr, main, parse_args
 
 
@@ -104,7 +103,7 @@ def test_a_stop_before_an_evaluation_loses_nothing(shards, whole, tmp_path, faul
 
 def test_resume_without_a_run_starts_one_and_says_so(shards, whole, tmp_path, capsys):
     assert train(shards, tmp_path / "log", "--resume") == whole.log
-    assert "holds no checkpoint: starting at step 0" in capsys.readouterr().out
+    assert "contains no checkpoint: starting at step 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [1, 8])
@@ -164,7 +163,7 @@ def test_a_compiled_model_keeps_less_for_the_backward_pass():
         return sum(sizes.values())
 
     raw_model = train_gpt2.GPT(train_gpt2.GPTConfig(64, 512, n_layer=2, n_head=2, n_embd=64))
-    less = kept(train_gpt2.compile_model(raw_model, "cpu"))
+    less = kept(compile_model(raw_model, "cpu"))
     torch._dynamo.reset()
     with torch._functorch.config.patch(ban_recompute_materialized_backward=True):  # torch's default
         assert less < 0.8 * kept(torch.compile(raw_model))
@@ -173,8 +172,8 @@ def test_a_compiled_model_keeps_less_for_the_backward_pass():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc's allocator")
 def test_freed_memory_is_reused_without_page_faults():
     code = """if True:
-        import resource, torch, train_gpt2
-        train_gpt2.tune_host()
+        import resource, torch, kit.device
+        kit.device.tune("cpu")
         torch.ones(2**24)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(10):
@@ -188,7 +187,7 @@ def test_freed_memory_is_reused_without_page_faults():
 def test_compiled_gradients_are_the_same_bits_on_a_busy_machine():
     torch.manual_seed(0)
     raw_model = train_gpt2.GPT(train_gpt2.GPTConfig(32, 512, 2, 2, 32))
-    model = train_gpt2.compile_model(raw_model, "cpu")
+    model = compile_model(raw_model, "cpu")
     windows = torch.randint(50, (4, 33))  # each token several times
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
     seen = set()
@@ -209,7 +208,7 @@ def test_without_a_compiler_training_goes_on_and_says_so(
 
     monkeypatch.setattr(torch, "compile", broken)
     assert train(shards, tmp_path / "log", "--compile") == whole.log
-    assert "training goes on without it: no C++ compiler found\n" in capsys.readouterr().out
+    assert "training continues without it: no C++ compiler found\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -285,7 +284,7 @@ def test_shards_without_a_manifest_train_unverified(shards, tmp_path, capsys, fa
     faults.without_vocabulary()
     train(tmp_path / "data", tmp_path / "log", "--max_steps", 2, "--vocab_size", 50304, "--sample_every", 1)
     out = capsys.readouterr().out
-    assert out.count("unverified") == 1 and out.count("goes on without samples, HellaSwag") == 1
+    assert out.count("unverified") == 1 and out.count("no samples, HellaSwag") == 1
     assert checkpoint.load_model(tmp_path / "log").config.num_tokens == 50257
 
 
@@ -293,7 +292,7 @@ def test_shards_of_an_unknown_small_vocabulary_train(shards, tmp_path, capsys):
     make.copy_shards(shards, tmp_path / "data", manifest=False)
     train(tmp_path / "data", tmp_path / "log", "--max_steps", 2, "--sample_every", 1)
     assert "which tokenizer made it" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds id .* ends at 63"):
+    with pytest.raises(UserError, match="contains id .* last id is 63"):
         train(tmp_path / "data", tmp_path / "other", "--vocab_size", 64)
 
 
@@ -301,12 +300,12 @@ def test_without_hellaswag_and_network_training_goes_on(shards, whole, tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     log = train(shards, tmp_path / "log", "--hellaswag_every", 4)
-    assert capsys.readouterr().out.count("goes on without HellaSwag") == 1 and log == whole.log
+    assert capsys.readouterr().out.count("no HellaSwag: ") == 1 and log == whole.log
 
 
 def test_evaluations_are_drawn_and_compared_with_references(shards, tmp_path, monkeypatch, capsys, calls_of):
     monkeypatch.setattr(reference, "check", lambda *args: "off the track")
-    checked, drawn = calls_of(reference, "check"), calls_of(plot, "draw")
+    checked, drawn = calls_of(reference, "check"), calls_of(curves, "draw")
     log = train(shards, tmp_path / "log", "--plot", "--max_steps", 260, "--val_every", 125, "--save_every", 0)
     assert drawn == [([tmp_path / "log"], tmp_path / "log" / "curves.png")] * 4  # at 0, 125, 250 and 260
     assert (tmp_path / "log" / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -318,7 +317,7 @@ def test_evaluations_are_drawn_and_compared_with_references(shards, tmp_path, mo
 def test_without_matplotlib_training_goes_on_and_says_so_once(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import raises ImportError
     train(shards, tmp_path / "log", "--plot")
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "without curves: " in line]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "no more curves, training continues: " in line]
     assert line.endswith("pip install matplotlib")
 
 
@@ -383,7 +382,7 @@ def test_a_mistake_is_refused_before_anything_is_written(shards, tmp_path, monke
 
 
 def test_a_second_run_in_a_log_directory_is_refused(shards, whole):
-    assert_train_refuses(shards, whole.log_dir, [], "holds a run")
+    assert_train_refuses(shards, whole.log_dir, [], "already contains a run")
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -420,4 +419,4 @@ def test_the_demo_from_nothing(tmp_path, capsys):
                       "--max_new_tokens", 10).stdout
     assert text.startswith("Return the") and len(text) > 15
     lines = (tmp_path / "data" / "sources" / "python_docs.jsonl").read_text().splitlines()
-    assert [json.loads(line)["text"] for line in lines] == demo.documents()  # the same in the same order
+    assert [json.loads(line)["text"] for line in lines] == sources.python_docs()  # the same in the same order

@@ -39,9 +39,9 @@ from runs import (
 )
 
 import checkpoint
-import files
 import train_gpt2
-from files import UserError
+from kit import files
+from kit.files import UserError
 from train_gpt2 import DataLoaderLite
 
 
@@ -75,7 +75,7 @@ def long_whole(shards, tmp_path_factory):
 @pytest.mark.parametrize("moment", range(5))
 def test_sigkill_at_a_random_moment(shards, long_whole, tmp_path, moment):
     process = start_script("train_gpt2.py", *flags_of(shards, tmp_path / "log", *LONG))
-    wait_for_line(process, "tokens a step")
+    wait_for_line(process, "tokens per step")
     time.sleep(random.Random(moment).uniform(0, 0.8))
     assert "finished" not in kill_all(process)
     train(shards, tmp_path / "log", *LONG, "--resume")
@@ -212,7 +212,7 @@ def test_sigkill_of_one_rank_ends_the_other_with_the_reason(shards, tmp_path, ra
     os.kill(ranks_of(process)[rank], signal.SIGKILL)
     rest = process.communicate()[0]
     assert process.returncode == 1 and time.monotonic() - started < 20
-    assert f"rank {1 - rank} has lost another one" in rest and "--resume goes on" in rest
+    assert f"rank {1 - rank} has lost another rank" in rest and "with --resume" in rest
 
 
 def test_torchrun_restarts_after_sigkill_of_one_rank(shards, whole_of_ranks, tmp_path):
@@ -223,7 +223,7 @@ def test_torchrun_restarts_after_sigkill_of_one_rank(shards, whole_of_ranks, tmp
     assert starts_of(tmp_path / "log") == 2
     # a restart never resumes the run of another torchrun
     process = run_script(*command, check=False)
-    assert process.stderr.count("holds a run") == 2 and process.returncode == 1
+    assert process.stderr.count("already contains a run") == 2 and process.returncode == 1
 
 
 @pytest.mark.parametrize("others_wait_for", ["stop", "gradients"])
@@ -234,7 +234,7 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(shards, tmp_path, othe
     wait_for_line(process, "step     5 |")
     started = time.monotonic()
     line = wait_for_line(process, "error:")
-    assert "rank 0 has lost another one" in line and "--timeout 8 seconds" in line
+    assert "rank 0 has lost another rank" in line and "--timeout 8 seconds" in line
     assert time.monotonic() - started < 30
     kill_all(process)  # torchrun itself waits 30 seconds for a process that does not answer
 
@@ -247,7 +247,7 @@ def test_the_readmes_loop_for_machines_that_may_go_away(shards, whole, tmp_path)
     process = subprocess.Popen(["bash", "-c", loop.replace("sleep 5", "sleep 0.1")], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for moment in (0.05, 0.15, 0.1):
-        wait_for_line(process, "tokens a step")
+        wait_for_line(process, "tokens per step")
         time.sleep(moment)
         os.kill(ranks_of(process)[0], signal.SIGKILL)
     process.communicate()
@@ -274,7 +274,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(shards, whole, tmp_path, capsys,
         make.damage(path, how)
     train(shards, tmp_path / "log", "--resume")
     out = capsys.readouterr().out
-    assert re.search(r"passed over: .*ckpt_000012", out) and "at step 8" in out
+    assert re.search(r"skipped damaged checkpoint: .*ckpt_000012", out) and "at step 8" in out
     assert_same_end(tmp_path / "log", whole)
 
 
@@ -342,7 +342,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_located(shards, tmp_path, what
         return
     skip = ["--skip_bad_steps", 1]
     process = run_script("torchrun", 2, "train_gpt2.py", *flags, "--resume", *skip, fault=fault)
-    assert "left out: step 5" in process.stdout
+    assert "skipped: step 5" in process.stdout
     log = read_log(tmp_path / "log")
     assert float(log[5, "skipped"]) == 1 and (5, "train") not in log and (11, "train") in log
     assert checkpoint.read_meta(tmp_path / "log" / "ckpt_000012")["skipped"] == 1
@@ -374,7 +374,7 @@ def test_a_full_disk_ends_the_run_in_one_line(shards, whole, tmp_path, full_at):
     name = "best" if full_at == "checkpoint" else "log.txt"
     assert process.returncode == 1
     assert re.match(rf"error: .*File too large.*{name}|error: .*{name}.*File too large", last), last
-    assert "--resume goes on" in last
+    assert "with --resume" in last
     assert checkpoint.latest(log_dir, to_resume=True)[0].name == "ckpt_000008"
     names = {path.name for path in log_dir.iterdir()}
     assert names == {".lock", "best", "ckpt_000008", "log.txt", "run.json"}

@@ -1,14 +1,14 @@
-"""What HellaSwag's results are good for: figures by group, a test of two models, tables for a person.
+"""Statistics and tables of HellaSwag results: accuracy by group, a paired test of two models.
 
-A result is the dict that `hellaswag.evaluate` returns, with the names of its model and protocol for printing.
+A result is the dict that `hellaswag.evaluate` returns, plus the names of its model and protocol.
 """
 
 import textwrap
 
-from published import GPT3_HELLASWAG, HELLASWAG
+from kit.published import GPT3_HELLASWAG, HELLASWAG
 
-METRICS = {"acc": "", "acc_norm": "_norm"}  # each with the suffix of the predictions behind it
-GROUPS = {"activity": ("activity_label",), "split": ("split_type", "split")}  # --by: fields, the first counts
+METRICS = {"acc": "", "acc_norm": "_norm"}  # metric: the suffix of its keys in a result
+GROUPS = {"activity": ("activity_label",), "split": ("split_type", "split")}  # --by: field names to try
 
 
 def field(example, names):
@@ -16,54 +16,55 @@ def field(example, names):
     return next((example[name] for name in names if isinstance(example.get(name), str)), None)
 
 
-def hits(examples, result, metric):
+def correct(examples, result, metric):
+    """Whether each example was answered correctly: a list of bools."""
     predictions = result[f"predictions{METRICS[metric]}"]
     return [choice == example["label"] for choice, example in zip(predictions, examples)]
 
 
-def figures(examples, result, indices=None):
-    """n, acc, acc_norm and their standard errors, of all examples or of those with these indices: a dict."""
+def accuracies(examples, result, indices=None):
+    """n, acc, acc_norm and their standard errors as a dict, for all examples or those with these indices."""
     indices = range(len(examples)) if indices is None else indices
     values = {"n": len(indices)}
     for metric in METRICS:
-        hit = hits(examples, result, metric)
-        p = values[metric] = sum(hit[i] for i in indices) / len(indices)
-        # as lm-evaluation-harness has it
+        right = correct(examples, result, metric)
+        p = values[metric] = sum(right[i] for i in indices) / len(indices)
+        # the sample standard error, as lm-evaluation-harness computes it
         values[f"{metric}_stderr"] = (p * (1 - p) / max(1, len(indices) - 1)) ** 0.5
     return values
 
 
-def figures_by(examples, result, by):
-    """`figures` of each group of examples, the largest group first: {group: dict}. by: a key of GROUPS."""
+def accuracies_by(examples, result, by):
+    """`accuracies` of each group of examples, largest group first: {group: dict}. by: a key of GROUPS."""
     groups = {}
     for index, example in enumerate(examples):
         groups.setdefault(field(example, GROUPS[by]), []).append(index)
     groups = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    return {group: figures(examples, result, indices) for group, indices in groups}
+    return {group: accuracies(examples, result, indices) for group, indices in groups}
 
 
 def mcnemar(only_a, only_b):
     """Two-sided p of the exact McNemar test, from the counts of examples that only A and only B got right.
 
-    It is how often a fair coin, thrown once for each of these examples, falls at least as unevenly.
+    It is the probability that this many fair coin tosses come out at least as unevenly.
     """
     n = only_a + only_b
-    ways = tail = 1  # of n choose 0, of n choose at most 0
+    binomial = tail = 1  # n choose 0, and the sum of n choose 0 to n choose k
     for k in range(min(only_a, only_b)):
-        ways = ways * (n - k) // (k + 1)  # n choose k + 1
-        tail += ways
+        binomial = binomial * (n - k) // (k + 1)  # n choose k + 1
+        tail += binomial
     return min(1.0, 2 * tail / 2**n)
 
 
 def compare(examples, a, b):
-    """Two results on the same examples, A and B: {"acc": dict, "acc_norm": dict}.
+    """Compare two results on the same examples: {"acc": dict, "acc_norm": dict}.
 
-    Each holds the difference (B - A), p as of `mcnemar`, and the indices of the examples that only A
-    (only_a) and only B (only_b) got right.
+    Each dict holds the difference (B - A), the p-value of `mcnemar`, and the indices of the examples that
+    only A (only_a) and only B (only_b) got right.
     """
     comparison = {}
     for metric in METRICS:
-        pairs = list(enumerate(zip(hits(examples, a, metric), hits(examples, b, metric))))
+        pairs = list(enumerate(zip(correct(examples, a, metric), correct(examples, b, metric))))
         only_a = [i for i, pair in pairs if pair == (True, False)]
         only_b = [i for i, pair in pairs if pair == (False, True)]
         comparison[metric] = dict(difference=b[metric] - a[metric], p=mcnemar(len(only_a), len(only_b)),
@@ -89,9 +90,9 @@ def print_table(rows):
 
 
 def print_examples(examples, indices, results):
-    """The examples with these indices: context and endings, with the scores of each result."""
+    """Print the examples with these indices: context, endings, and the scores of each result."""
     print(f"log-likelihoods by {titles(results)}:")
-    print("summed, and per token (completion) or character (harness); > the choice, * the right ending\n")
+    print("summed, and per token (completion) or character (harness); > the choice, * the correct ending\n")
     for index in indices:
         example = examples[index]
         print(f"example {index}: {example.get('activity_label', '')}")
@@ -106,21 +107,21 @@ def print_examples(examples, indices, results):
 
 
 def print_groups(results, by, most=20):
-    """The results' "groups", of `figures_by`: the largest, for the figures of a few examples say little."""
+    """Print the accuracy of the largest groups (see `accuracies_by`); small groups are mostly noise."""
     sizes = {group: values["n"] for group, values in results[0]["groups"].items()}
     rows = [[by, "n", *(metric for _ in results for metric in METRICS)]]
     for group in list(sizes)[:most]:
-        accuracies = [f"{result['groups'][group][metric]:.4f}" for result in results for metric in METRICS]
-        rows.append([group, str(sizes[group]), *accuracies])
+        cells = [f"{result['groups'][group][metric]:.4f}" for result in results for metric in METRICS]
+        rows.append([group, str(sizes[group]), *cells])
     print(f"by {by}, {titles(results)}:")
     print_table(rows)
     if len(sizes) > most:
         smaller = list(sizes.values())[most:]
-        print(f"smaller groups, of at most {smaller[0]} examples: {len(smaller)} more, which --json holds\n")
+        print(f"{len(smaller)} more groups, of at most {smaller[0]} examples, are in the output of --json\n")
 
 
 def print_published(results, whole):
-    """The results' figures among the published ones, which are of all `whole` validation examples."""
+    """Print the results beside the published ones, which are of all `whole` validation examples."""
     protocols = list(dict.fromkeys(result["protocol"] for result in results))
     rows = {}
     for result in results:
@@ -131,13 +132,13 @@ def print_published(results, whole):
                  *([model, *("-" if value is None else f"{value:.4f}" for value in values)]
                    for model, values in rows.items())])
     if results[0]["n"] != whole:
-        print(f"published: of all {whole:,} validation examples; here: of {results[0]['n']:,}")
-    print("GPT-3 by its paper's own protocol, 125M, 350M, 760M and 1.3B:",
+        print(f"published results: all {whole:,} validation examples; this run: {results[0]['n']:,}")
+    print("GPT-3 by the protocol of its paper, 125M, 350M, 760M and 1.3B:",
           ", ".join(f"{value:.3f}" for value in GPT3_HELLASWAG.values()), end="\n\n")
 
 
 def print_result(result):
-    cut = f", {result['endings_cut']} endings cut to its context" if result["endings_cut"] else ""
+    cut = f", {result['endings_cut']} endings truncated to the context" if result["endings_cut"] else ""
     print(f"{titles([result])}: HellaSwag acc {result['acc']:.4f} ± {result['acc_stderr']:.4f}, "
           f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} "
           f"on {result['n']} examples{cut}")
@@ -146,6 +147,6 @@ def print_result(result):
 def print_comparison(comparison, protocol):
     for metric, values in comparison.items():
         print(f"B - A ({protocol}): {metric} {values['difference']:+.4f}, exact McNemar p {values['p']:.3g}, "
-              f"right only by A {len(values['only_a'])}, only by B {len(values['only_b'])}")
+              f"only A correct {len(values['only_a'])}, only B correct {len(values['only_b'])}")
     indices = " ".join(map(str, differing(comparison))) or "none"
-    print(textwrap.shorten(f"right by one only, acc_norm: {indices}", 110, placeholder=" ..."))
+    print(textwrap.shorten(f"only one model correct (acc_norm): {indices}", 110, placeholder=" ..."))

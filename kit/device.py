@@ -1,0 +1,119 @@
+"""The device of a run: which one, its settings, compilation, precision, and its peak speed."""
+
+import contextlib
+import ctypes
+import platform
+import re
+
+import torch
+
+from kit.files import UserError
+from kit.packed import onednn_is_faster
+
+# dense 16-bit FLOP/s of the tensor cores with fp32 accumulation, from NVIDIA's datasheets. The first name
+# contained in the device's name counts, so narrower names come first.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+    "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A6000": 155e12,
+    "L4": 121e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12,
+}
+
+
+def peak_flops(device_name):
+    """The peak 16-bit FLOP/s of a device by its name, or None if it is not in PEAK_FLOPS."""
+    for name, peak in PEAK_FLOPS.items():
+        if re.search(rf"\b{name}\b", device_name):  # an L40 must not match L4
+            return peak
+    return None
+
+
+def pick_device(name=None):
+    """The device called `name`, or the best one here: "cuda", "mps" or "cpu". Raises UserError."""
+    available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    name = name or available[0]
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in available or (":" in name and index not in map(str, range(count))):
+        raise UserError(f"--device {name}: not available on this machine, which has {', '.join(available)}")
+    return name
+
+
+def type_of(device):
+    """"cuda", "mps" or "cpu" for a device name such as "cuda:0"."""
+    return device.partition(":")[0]
+
+
+def name_of(device):
+    """What a person calls the device: the GPU's product name or the processor's architecture."""
+    if type_of(device) == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def to_device(tensor, device):
+    """Copy a CPU tensor to a device. A GPU copies it from pinned memory, without waiting for queued work."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def tune(device, training=False):
+    """Process-wide settings for speed and reproducibility. A script calls this before its first matmul.
+
+    training: also let oneDNN run the CPU's fp32 matmuls where it is faster. Evaluation and sampling pack
+    their weights instead (kit/packed.py).
+    """
+    # glibc returns every large tensor to the kernel when it is freed, and the next step pays for its pages
+    # again. Never use mmap (-4), never trim the heap (-1): malloc.h. Other C libraries lack the call
+    with contextlib.suppress(AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0), libc.mallopt(-1, -1)
+    # MKL picks its vector kernels at the first call. If two threads make that call at once they can get
+    # different kernels, whose results differ in the last bits: let one thread make it
+    torch.zeros(64).exp()
+    if type_of(device) == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for matmuls that stay in fp32
+    elif training and onednn_is_faster():
+        # torch uses oneDNN for fp32 matmuls at "medium", which also allows bf16 inside. Only AMX would make
+        # use of that; the test shows whether fp32 stays fp32
+        torch.set_float32_matmul_precision("medium")
+        x = torch.full((256, 256), 1 + 2**-23)
+        if not torch.equal(x @ torch.eye(256), x):
+            torch.set_float32_matmul_precision("highest")
+
+
+def compile_model(model, device):
+    """torch.compile a GPT; compilation itself happens at the first call."""
+    if type_of(device) != "cpu":
+        return torch.compile(model)
+    import torch._functorch.config as partitioning
+
+    # saves memory, which CPUs are short of in training: recompute the outputs of LayerNorm and GELU in the
+    # backward pass instead of keeping them, and keep the loss out of the graph, where Inductor would hold all
+    # slices of the logits at once
+    partitioning.ban_recompute_materialized_backward = False
+    model.compile_loss = False
+    # the same bits every time: threads would add up the gradients of one embedding row in any order
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    # tanh by exp is three times as fast, and as accurate once GELU has added 1 to it
+    return torch.compile(model, options={"cpp.use_decompose_tanh": True})
+
+
+class Precision:
+    """The dtype of matmuls in training, with its autocast context and gradient scaler.
+
+    name: "bfloat16", "float16" or "float32". Without one it is bfloat16 on GPUs that have it, float16 on
+    other GPUs, float32 elsewhere.
+    """
+
+    def __init__(self, device, name=None):
+        device_type = type_of(device)
+        if name is None and device_type == "cuda":
+            name = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
+        self.name = name or "float32"
+        self.autocast = contextlib.nullcontext()
+        if self.name != "float32":
+            self.autocast = torch.autocast(device_type, dtype=getattr(torch, self.name))
+        # small fp16 gradients would underflow without a scale
+        self.scaler = torch.amp.GradScaler(device_type, enabled=self.name == "float16")

@@ -1,0 +1,51 @@
+"""Types for argparse, and config files of flags."""
+
+import argparse
+import math
+import shlex
+
+
+def integer(least=-(2**63), most=2**63 - 1):
+    """An argparse type: a whole number from `least` to `most`."""
+
+    def parse(text):
+        value = int(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, not {value}")
+        return value
+
+    parse.__name__ = "int"  # argparse names it: invalid int value
+    return parse
+
+
+def number(least=-math.inf, most=1e100):
+    """An argparse type: a number from `least` to `most`. Beyond 1e100, a step's arithmetic overflows."""
+
+    def parse(text):
+        value = float(text)
+        if not least <= value <= most:  # NaN is neither
+            raise argparse.ArgumentTypeError(f"must be a number from {least:g} to {most:g}, not {text}")
+        return value
+
+    parse.__name__ = "float"
+    return parse
+
+
+def parse_with_configs(parser, argv=None):
+    """Parse flags and @config files, in which # begins a comment. Exits with status 2 on errors."""
+
+    def split_line(line):
+        if "\0" in line:  # no path or command line can hold one
+            parser.error(f"config line {line!r} contains a zero byte")
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            parser.error(f"config line {line!r}: {error}")
+
+    parser.fromfile_prefix_chars, parser.convert_arg_line_to_args = "@", split_line
+    try:
+        return parser.parse_args(argv)
+    except UnicodeDecodeError as error:
+        parser.error(f"a config file is not UTF-8 text: {error}")
+    except RecursionError:
+        parser.error("a config file includes itself with @")

@@ -1,0 +1,168 @@
+"""The ranks of a run: torchrun's processes, what they agree on, and how they stop together."""
+
+import contextlib
+import datetime
+import os
+import re
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from kit.device import pick_device
+from kit.files import first_line
+
+LOST_RANK = re.compile("by peer|[Tt]imed out|Broken pipe")  # gloo's words for a rank that died or hangs
+
+
+class Ranks:
+    """This process among the ranks that torchrun started; without torchrun, the only one.
+
+    device: where this rank computes. Values that are not gradients travel from CPU to CPU over gloo, so no
+    GPU has to be waited for.
+    """
+
+    def __init__(self, device=None, timeout=600.0):
+        """Join the process group. timeout: seconds after which a rank that does not answer counts as lost.
+
+        Raises UserError if the device is not available.
+        """
+        self.device = pick_device(device)
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.distributed and self.device == "cuda":
+            self.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        if self.device.startswith("cuda:"):
+            torch.cuda.set_device(self.device)
+        if self.distributed:
+            timeout = datetime.timedelta(seconds=timeout)
+            # after a failure torchrun restarts the ranks with the same store, which still holds the addresses
+            # of the dead ones: use new keys
+            store, *_ = next(rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend = "nccl" if self.device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size,
+                                    timeout=timeout)
+            self.control = dist.new_group(backend="gloo", timeout=timeout)
+
+    @property
+    def distributed(self):
+        """Whether there is more than one rank."""
+        return self.world_size > 1
+
+    @property
+    def is_first(self):
+        """Whether this is rank 0, which prints and writes files."""
+        return self.rank == 0
+
+    def say(self, *messages):
+        """Print each message on a line, on rank 0."""
+        if self.is_first and messages:
+            print(*messages, sep="\n", flush=True)
+
+    def max(self, value):
+        """The largest of all ranks' whole numbers or bools, as an int."""
+        value = torch.tensor(int(value))
+        if self.distributed:
+            dist.all_reduce(value, dist.ReduceOp.MAX, group=self.control)
+        return value.item()
+
+    def gather(self, value):
+        """All ranks' values that are not None, in rank order."""
+        values = [value]
+        if self.distributed:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value, group=self.control)
+        return [value for value in values if value is not None]
+
+    def sum(self, tensor):
+        """The sum of all ranks' tensors, on the CPU."""
+        tensor = tensor.cpu()
+        if self.distributed:
+            dist.all_reduce(tensor, group=self.control)
+        return tensor
+
+    def mean(self, tensor):
+        """The mean of all ranks' tensors, on the device."""
+        if self.distributed:
+            dist.all_reduce(tensor)
+            tensor /= self.world_size
+        return tensor
+
+    def barrier(self):
+        """Wait for all ranks."""
+        if self.distributed:
+            dist.barrier(group=self.control)
+
+    @contextlib.contextmanager
+    def first_goes_ahead(self):
+        """Run the body on rank 0, then on the others: one writes what all read."""
+        if not self.is_first:
+            self.barrier()
+        yield
+        if self.is_first:
+            self.barrier()
+
+    def leave(self):
+        """Leave the process group, once no rank needs another any more."""
+        self.barrier()  # a rank that closes its connections would break a collective still under way
+        if self.distributed:
+            dist.destroy_process_group()
+
+
+class StopRequested(Exception):
+    """All ranks have agreed to stop. args[0] is the number of the signal that asked for it."""
+
+
+class StopSignal:
+    """A context that notes SIGTERM and Ctrl-C; `check` raises StopRequested on all ranks together.
+
+    torchrun and schedulers send the signal several times, also to ranks that already have it, so repeats are
+    ignored. A second Ctrl-C more than three seconds after the first one ends the process at once.
+    """
+
+    def __init__(self, ranks):
+        self.ranks = ranks
+        self.number, self.received_at, self.old_handlers = 0, 0.0, {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.old_handlers[number] = signal.signal(number, self.on_signal)
+        return self
+
+    def on_signal(self, number, frame):
+        if self.number and number == signal.SIGINT and time.monotonic() - self.received_at > 3:
+            raise KeyboardInterrupt
+        if not self.number:
+            self.number, self.received_at = number, time.monotonic()
+
+    def check(self):
+        """Raise StopRequested if any rank has received a signal. All ranks must call it equally often."""
+        number = self.ranks.max(self.number)
+        if number:
+            raise StopRequested(number)
+
+    def __exit__(self, *_):
+        for number, handler in self.old_handlers.items():
+            # schedulers may repeat SIGTERM until the process is gone: all is saved, so let it exit in order
+            ignored = self.number and number == signal.SIGTERM
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
+
+
+def explain_lost_rank(error, timeout):
+    """One sentence if a RuntimeError means that another rank died or hangs, else None. timeout: seconds."""
+    if not isinstance(error, dist.DistError) and not LOST_RANK.search(str(error)):
+        return None
+    return (f"rank {os.environ.get('RANK')} has lost another rank, which died or did not answer for "
+            f"--timeout {timeout:g} seconds ({first_line(error)})")
+
+
+def torchrun_id():
+    """What tells this torchrun from others, or None: its run id, which users may choose, and its process."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") and f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}"
+
+
+def restarted_by_torchrun():
+    """Whether torchrun has restarted the ranks after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"

@@ -1,0 +1,89 @@
+"""The flags that decide what a run computes, in one table.
+
+Made from it: the flags of train_gpt2.py, GPTConfig's arguments, the identity of a run (what --resume must
+find unchanged), --allow_change, the recipe by which reference runs are matched, and the model card.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+from kit.files import UserError
+from kit.flags import integer, number
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One flag of the table."""
+
+    name: str
+    default: object
+    help: str
+    section: str  # "batch", "optimizer", "model" or "validation"
+    least: float | None = None  # the smallest value allowed
+    changeable: bool = False  # --allow_change lets a resumed run change it
+    recipe: bool = True  # a reference run must have the same value
+
+
+SETTINGS = (
+    Setting("total_batch_size", 524288, "tokens per optimizer step, over all ranks", "batch", 1),
+    Setting("sequence_length", 1024, "tokens per sequence", "batch", 1),
+    Setting("max_steps", 19073, "optimizer steps; the default reads 10B tokens", "optimizer", 1, True),
+    Setting("max_lr", 6e-4, "learning rate after the warm-up", "optimizer", 0, True),
+    Setting("min_lr", 6e-5, "learning rate at the end of the cosine", "optimizer", 0, True),
+    Setting("warmup_steps", 715, "steps of linear warm-up; the default is GPT-3's 375M tokens", "optimizer",
+            0, True),
+    Setting("weight_decay", 0.1, "for matrices and embeddings", "optimizer", 0, True),
+    Setting("grad_clip", 1.0, "largest gradient norm; 0 disables clipping", "optimizer", 0, True),
+    Setting("dropout", 0.0, "probability of dropping an activation", "optimizer"),
+    Setting("seed", 1337, "of weights, data order, dropout and samples", "optimizer", 0, recipe=False),
+    Setting("n_layer", 12, "transformer blocks", "model"),
+    Setting("n_head", 12, "attention heads per block", "model"),
+    Setting("n_embd", 768, "width of the residual stream", "model"),
+    Setting("vocab_size", 50304, "rows of the embedding, at least the tokenizer's number of ids", "model"),
+    Setting("block_size", None, "longest context of the model (default: --sequence_length)", "model",
+            recipe=False),
+    Setting("bias", True, "biases in linear layers and LayerNorms", "model"),
+    Setting("val_tokens", 10485760, "tokens of the val split that the validation loss reads, from its start",
+            "validation", 1, recipe=False),
+)
+
+IDENTITY = tuple(setting.name for setting in SETTINGS)
+CHANGEABLE = tuple(setting.name for setting in SETTINGS if setting.changeable)
+SHAPE = tuple(setting.name for setting in SETTINGS if setting.section == "model")  # dropout is no part of it
+RECIPE = ("init_from", *(setting.name for setting in SETTINGS if setting.recipe))
+TRAINING = tuple(setting.name for setting in SETTINGS if setting.section in ("batch", "optimizer"))
+
+
+def identity_of(flags):
+    """The identity of a run, from its flags (a dict). A flag that did not exist yet has its default."""
+    return {setting.name: flags.get(setting.name, setting.default) for setting in SETTINGS}
+
+
+def add_flags(parser, *sections):
+    """Add the flags of the table to a parser, a group for each section."""
+    for section in sections:
+        group = parser.add_argument_group(section)
+        for setting in (setting for setting in SETTINGS if setting.section == section):
+            if isinstance(setting.default, bool):
+                kind = dict(action=argparse.BooleanOptionalAction)
+            else:
+                make_type = number if isinstance(setting.default, float) else integer
+                kind = dict(type=make_type() if setting.least is None else make_type(setting.least))
+            group.add_argument(f"--{setting.name}", default=setting.default, help=setting.help, **kind)
+
+
+def check_identity(before, now, allowed, log_dir):
+    """Compare the identity of a resumed run with its checkpoint's; return the allowed changes, as texts.
+
+    allowed: the flags that --allow_change names. Raises UserError if anything else has changed.
+    """
+    before = {**identity_of(before), **before}
+    changes = {key: f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items()
+               if before.get(key) != value}
+    if changes.keys() - set(allowed):
+        remedy = "use another --log_dir"
+        if changes.keys() <= set(CHANGEABLE):
+            remedy = f"--allow_change {' '.join(changes)} overrides this check"
+        raise UserError(f"--resume would change the run in {log_dir}: {', '.join(changes.values())}; "
+                        + remedy)
+    return list(changes.values())

@@ -1,0 +1,94 @@
+"""The log directory of a training run: who may write it, its log, tracker, curves and reference check."""
+
+import contextlib
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from kit import curves, record, reference, tracking
+from kit.files import UserError, locked, sync
+from kit.ranks import restarted_by_torchrun, torchrun_id
+
+REFERENCE_STEPS = (250, 1000, 5000)  # the val loss is compared with reference runs after these steps
+
+
+class Run(contextlib.ExitStack):
+    """A run's log directory, opened by all ranks and written by rank 0. It is a context: leave it at the end.
+
+    resuming: whether the run continues from a checkpoint, because --resume says so or because torchrun has
+    restarted the ranks.
+    """
+
+    def __init__(self, log_dir, ranks, resume=False, track=None, plot=False):
+        """Lock the directory. track: a tracker's name. plot: whether `report` draws log_dir/curves.png.
+
+        Raises UserError if the directory is in use, can't be written, or contains a run that is not resumed.
+        """
+        super().__init__()
+        self.log_dir, self.ranks, self.track, self.plot = Path(log_dir), ranks, track, plot
+        self.log_file = record.log_path(log_dir)
+        self.tracker = None
+        if log_dir != log_dir.encode(errors="replace").decode():  # safetensors could not read it back
+            raise UserError(f"--log_dir {log_dir}: its name is not UTF-8")
+        if ranks.is_first:
+            self.enter_context(locked(log_dir))
+        restarted = (ranks.is_first and restarted_by_torchrun()
+                     and record.read_record(log_dir).get("torchrun") == torchrun_id())
+        self.resuming = bool(ranks.max(resume or restarted))
+        used = list(self.log_dir.glob("ckpt_*")) or self.log_file.exists() and self.log_file.stat().st_size
+        if used and not self.resuming:
+            raise UserError(f"--log_dir {log_dir} already contains a run: continue it with --resume, "
+                            "or name another directory")
+        if track and ranks.is_first:
+            tracking.check(track, log_dir)
+
+    def start(self, step, flags, **facts):
+        """Begin at a step: drop that step and later ones from log.txt, write run.json, start the tracker."""
+        if not self.ranks.is_first:
+            return
+        record.truncate_log(self.log_dir, step)
+        facts = dict(step=step, **facts)
+        run_id = record.record_start(
+            self.log_dir, self.resuming, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), flags=flags, **facts,
+            git_commit=git_commit(), torch=torch.__version__, python=platform.python_version(),
+            torchrun=torchrun_id())
+        if self.track:
+            self.tracker = self.enter_context(tracking.Tracker(
+                self.track, self.log_dir, run_id, {**flags, **facts}, record.read_log(self.log_dir)))
+
+    def log(self, step, **values):
+        """Append the numbers of a step to log.txt, and send them to the tracker."""
+        if self.ranks.is_first:
+            record.append_log(self.log_dir, step, values)
+            if self.tracker:
+                self.tracker.log(step, values)
+
+    def report(self, step, val_loss=None):
+        """Draw the curves, and say if the val loss of this step, if given, is off the track of its recipe."""
+        if not self.ranks.is_first:
+            return
+        try:
+            if val_loss is not None and step in REFERENCE_STEPS:
+                warning = reference.check(step, val_loss, self.log_dir)
+                if warning:
+                    self.ranks.say(warning)
+            if self.plot:
+                curves.draw([self.log_dir], self.log_dir / "curves.png")
+        except UserError as error:  # no matplotlib, or an unreadable reference: no reason to stop training
+            self.plot = False
+            self.ranks.say(f"no more curves, training continues: {error}")
+
+    def sync_log(self):
+        """Make sure that log.txt is on the disk, for example before a checkpoint that it led to."""
+        if self.log_file.exists():
+            sync(self.log_file)
+
+
+def git_commit():
+    """The commit of this program, or None if it is not in a git checkout."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()

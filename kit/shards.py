@@ -1,0 +1,372 @@
+"""Shards of token ids: this file owns their format, writes it and reads it.
+
+A shard is a .npy file of uint16 ids, or a .bin file as llm.c and modded-nanogpt write and read them. The
+shards of a directory are one stream: <|endoftext|>, a document, <|endoftext|>, the next document, ... The
+first ids of the stream are the val split. manifest.json has the source of the shards and their digests.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+from kit.files import (
+    UserError,
+    atomic_write,
+    digest,
+    drop_cached_pages,
+    name_in_errors,
+    publish,
+    temporary_path,
+)
+from kit.sources import DATASETS
+
+MANIFEST = "manifest.json"
+VERIFIED = ".verified.json"  # size and time of each shard when its digest was last checked
+FORMAT = "uint16 token shards, version 1"
+SHARD_NAME = re.compile(r"_(train|val)(?:_(\d{6}))?\.(npy|bin)$")  # llm.c's small ones have no number
+BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 256  # llm.c's header: magic, version, number of ids; int32
+
+# writing
+
+
+class Shard:
+    """A shard while it is written: ids go to the disk as they arrive, the file gets its name in `publish`."""
+
+    def __init__(self, path, split, size):
+        import xxhash
+
+        self.path, self.split = path, split
+        self.tokens, self.room = 0, size
+        self.next = None  # (file, batch, offset) in the source of the first id after this shard
+        self.digest = xxhash.xxh3_128()  # the same as `files.digest`
+        with name_in_errors(path):
+            self.file = open(temporary_path(path), "w+b")
+        self.write(header(path, size))
+
+    def write(self, content):
+        self.digest.update(content)
+        with name_in_errors(self.path):
+            self.file.write(content)
+            drop_cached_pages(self.file)
+
+    def add(self, ids):
+        self.write(ids.astype("<u2", copy=False))
+        self.tokens += len(ids)
+        self.room -= len(ids)
+
+    @contextlib.contextmanager
+    def set_aside(self):
+        """Give the shard up. Yields a file to read its ids from, which is removed after the body."""
+        aside = self.path.with_name(f".{self.path.name}.aside.tmp")
+        self.file.close()
+        os.replace(self.file.name, aside)
+        try:
+            with open(aside, "rb") as file:
+                file.seek(len(header(self.path, 0)))
+                yield file
+        finally:
+            aside.unlink()
+
+    def publish(self):
+        """Give the file its name, with the ids it has by now; return its digest."""
+        with name_in_errors(self.path), self.file:
+            if self.room:
+                self.file.seek(0)
+                self.file.write(header(self.path, self.tokens))
+            publish(self.file, self.path)
+        return digest(self.path) if self.room else self.digest.hexdigest()
+
+    def discard(self):
+        """Remove the shard if it was not published."""
+        with contextlib.suppress(OSError):  # closing flushes, which fails on a full disk
+            self.file.close()
+        temporary_path(self.path).unlink(missing_ok=True)
+
+
+def header(path, tokens):
+    """The header of a shard of that many ids. Its length does not depend on their number."""
+    import numpy as np
+
+    if path.suffix == ".bin":
+        return np.array([BIN_MAGIC, BIN_VERSION, tokens] + [0] * (BIN_HEADER - 3), dtype="<i4").tobytes()
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
+    return out.getvalue()
+
+
+class ShardWriter:
+    """Cuts the stream of ids into shards. The manifest says where in the source the next shard begins.
+
+    The length of the val split may not be known until two shards are full, or until the end. Until then the
+    first shard counts as the val split, and no shard is published.
+    """
+
+    def __init__(self, data_dir, manifest):
+        self.data_dir, self.manifest = data_dir, manifest
+        self.prefix = "edufineweb" if data_dir.name == "edu_fineweb10B" else data_dir.resolve().name
+        self.start = tuple(manifest["next"])  # earlier ids are in finished shards
+        self.shards = []  # not published yet; the last one takes the next ids
+        self.added = []  # (file, batch, number of ids) of their contents, while they may have to be cut again
+
+    def add(self, file, batch, ids):
+        """Add the ids of a batch of a file, both by their numbers in the source."""
+        if self.manifest["val_tokens"] is None:
+            self.added.append((file, batch, len(ids)))
+        offset = self.start[2] if (file, batch) == self.start[:2] else 0
+        while offset < len(ids):
+            if not self.shards or not self.shards[-1].room:
+                self.shards.append(self.next_shard())
+            shard = self.shards[-1]
+            part = ids[offset : offset + shard.room]
+            shard.add(part)
+            offset += len(part)
+            shard.next = (file, batch, offset)
+            if self.manifest["val_tokens"] is None and len(self.shards) == 2 and not shard.room:
+                self.manifest["val_tokens"] = self.manifest["shard_size"]
+            while self.shards and not self.shards[0].room and self.manifest["val_tokens"] is not None:
+                self.publish()
+
+    def next_shard(self):
+        size = self.manifest["shard_size"]
+        shards = [(shard["split"], shard["tokens"]) for shard in self.manifest["shards"]]
+        shards += [(shard.split, shard.tokens) for shard in self.shards]
+        val_tokens = self.manifest["val_tokens"] or size
+        missing = val_tokens - sum(tokens for split, tokens in shards if split == "val")
+        split = "val" if missing > 0 else "train"
+        name = f"{self.prefix}_{split}_{len(shards):06d}.{self.manifest['file_format']}"
+        return Shard(self.data_dir / name, split, min(missing, size) if missing > 0 else size)
+
+    def publish(self):
+        """Publish the first shard, and add it to the manifest."""
+        if not self.manifest["shards"]:  # a crash must not leave a shard without a manifest
+            write_manifest(self.data_dir, self.manifest)
+        shard = self.shards[0]
+        shard_digest = shard.publish()
+        entry = {"file": shard.path.name, "split": shard.split, "tokens": shard.tokens,
+                 "bytes": shard.path.stat().st_size, "digest": shard_digest}
+        self.manifest["shards"].append(entry)
+        self.manifest["next"] = shard.next
+        del self.shards[0]
+        write_manifest(self.data_dir, self.manifest)
+
+    def finish(self):
+        """Publish the last shard and complete the manifest. Raises UserError if there is no train split."""
+        total = sum(shard["tokens"] for shard in self.manifest["shards"])
+        total += sum(shard.tokens for shard in self.shards)
+        val_tokens = self.manifest["val_tokens"] or max(1, total // 10)
+        if total <= val_tokens:
+            raise UserError(f"--val_tokens {val_tokens} leaves nothing to train on: {total} tokens in all")
+        if self.manifest["val_tokens"] is None:
+            self.manifest["val_tokens"] = val_tokens
+            self.cut_again()
+        if self.shards:
+            self.publish()
+        self.manifest["complete"] = True
+        del self.manifest["next"], self.manifest["batches"]
+        write_manifest(self.data_dir, self.manifest)
+
+    def cut_again(self):
+        """Cut the same stream again, now that the length of the val split is known."""
+        import numpy as np
+
+        with contextlib.ExitStack() as asides:
+            files = [asides.enter_context(shard.set_aside()) for shard in self.shards]
+            self.shards = []
+            for file, batch, count in self.added:
+                ids = b""
+                for old in files:  # the ids of a batch may continue in the next file
+                    ids += old.read(2 * count - len(ids))
+                self.add(file, batch, np.frombuffer(ids, dtype="<u2"))
+
+    def close(self):
+        """Remove the shards that were not published."""
+        while self.shards:
+            self.shards.pop().discard()
+
+
+# the manifest
+
+
+def write_manifest(data_dir, manifest):
+    with atomic_write(Path(data_dir) / MANIFEST) as file:
+        json.dump(manifest, file, indent=1)
+
+
+def has(entry, kinds):
+    """Whether a dict has these keys, each with a value of its type."""
+    return all(key in entry and isinstance(entry[key], kind) for key, kind in kinds.items())
+
+
+def read_manifest(data_dir):
+    """The manifest of a directory as a dict, or None if it has none, as build-nanogpt's. Raises UserError."""
+    path = Path(data_dir) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest.setdefault("file_format", "npy")  # older manifests lack it
+        needed = dict(source=dict, tokenizer=(str, dict), num_tokens=int, complete=bool, shards=list)
+        if manifest["format"] != FORMAT or not has(manifest, needed):
+            raise ValueError(f"it is not a manifest of {FORMAT!r}")
+        if not all(has(shard, dict(file=str, split=str, tokens=int, bytes=int, digest=str))
+                   for shard in manifest["shards"]):
+            raise ValueError("it does not describe its shards")
+        if manifest["tokenizer"] != "gpt2" and not has(manifest["tokenizer"], dict(file=str, digest=str)):
+            raise ValueError("it does not name its tokenizer")
+        if not manifest["complete"] and not (
+                has(manifest, dict(next=list, batches=list, val_tokens=(int, type(None))))
+                and len(manifest["next"]) == 3
+                and all(isinstance(n, int) and n >= 0 for n in manifest["next"])):
+            raise ValueError("it does not say where to continue")
+        return manifest
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} can't be used ({error!r}); prepare the data again") from error
+
+
+def tokenizer_of(data_dir):
+    """The tokenizer of a directory's shards: "gpt2", or the path of its tokenizer.json. Raises UserError."""
+    manifest = read_manifest(data_dir)
+    if manifest is None or manifest["tokenizer"] == "gpt2":
+        return "gpt2"
+    path = Path(data_dir) / manifest["tokenizer"]["file"]
+    if not path.is_file() or digest(path) != manifest["tokenizer"]["digest"]:
+        raise UserError(f"{path} is missing, or is not the tokenizer that encoded these shards; "
+                        "prepare the data again")
+    return str(path)
+
+
+def source_of(data_dir):
+    """What a directory's shards were made from, according to its manifest or their names: a dict, or {}."""
+    manifest = read_manifest(data_dir)
+    if manifest is None:  # build-nanogpt and llm.c give FineWeb-Edu's shards these names
+        known = all(re.match("edu_?fineweb_", path.name) for path, _ in open_shards(data_dir, "train"))
+        return {"dataset": DATASETS["fineweb-edu"][0], "known": "by the shards' names"} if known else {}
+    source = manifest["source"]
+    # a hub dataset's revision determines its files
+    return {key: value for key, value in source.items() if value and not (key == "files" and "ref" in source)}
+
+
+def identity(data_dir):
+    """A text that changes with the shards of a directory, wherever the directory is."""
+    manifest = Path(data_dir) / MANIFEST
+    if manifest.exists():
+        return digest(manifest)
+    shards = sorted(path for path in Path(data_dir).glob("*") if SHARD_NAME.search(path.name))
+    return "unverified: " + ", ".join(f"{path.name} {path.stat().st_size}" for path in shards)
+
+
+# reading
+
+
+def open_shards(data_dir, split):
+    """The shards of a split in order, memory-mapped: a list of (path, uint16 array).
+
+    Checks sizes and headers. Raises UserError that names the first file which is missing, damaged or not
+    what the manifest says.
+    """
+    data_dir = Path(data_dir)
+    manifest = read_manifest(data_dir)
+    if manifest is not None and not manifest["complete"]:
+        raise UserError(f"{data_dir}: its preparation was interrupted; "
+                        "run the same fineweb_edu.py command again")
+    found = {path.name: path for path in data_dir.glob("*") if SHARD_NAME.search(path.name)}
+    expected = {shard["file"]: shard for shard in manifest["shards"]} if manifest else None
+    if expected is not None:
+        for name in sorted(expected.keys() ^ found.keys()):
+            problem = "is missing" if name in expected else f"is not in {MANIFEST}"
+            raise UserError(f"{data_dir / name} {problem}; prepare the data again, or restore it")
+    names = sorted(name for name in found if SHARD_NAME.search(name).group(1) == split)
+    if not names:
+        raise UserError(f"no {split} shards in {data_dir}: python fineweb_edu.py makes them from a dataset "
+                        f"(--dataset NAME) or from your files (--input FILE --data_dir {data_dir})")
+    if len({SHARD_NAME.search(name).group(3) for name in names}) > 1:
+        raise UserError(f"{data_dir} contains {split} shards as .npy and as .bin: remove one kind")
+    numbers = [int(SHARD_NAME.search(name).group(2) or 0) for name in names]
+    for before, after in zip(numbers, numbers[1:]):
+        if after != before + 1:
+            raise UserError(f"{data_dir}: {split} shard {before + 1:06d} is missing "
+                            f"between {before:06d} and {after:06d}")
+    return [(found[name], open_shard(found[name], expected and expected[name])) for name in names]
+
+
+def open_shard(path, expected=None):
+    """The ids of a shard, memory-mapped. expected: its entry in the manifest. Raises UserError."""
+    import numpy as np
+
+    size = path.stat().st_size
+    if expected and size != expected["bytes"]:
+        raise UserError(f"{path} has {size} bytes, its manifest says {expected['bytes']}; prepare it again")
+    try:
+        tokens = open_bin(path) if path.suffix == ".bin" else np.load(path, "r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a complete {path.suffix} file ({error}); get it again") from error
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise UserError(f"{path} contains {tokens.ndim}-D {tokens.dtype}, not 1-D uint16; prepare it again")
+    if expected and len(tokens) != expected["tokens"]:
+        raise UserError(f"{path} has {len(tokens)} tokens, its manifest says {expected['tokens']}")
+    return tokens
+
+
+def open_bin(path):
+    """The ids of a .bin shard, memory-mapped. Raises ValueError if it is none."""
+    import numpy as np
+
+    start, size = 4 * BIN_HEADER, path.stat().st_size
+    if size < start:
+        raise ValueError(f"it has {size} bytes, fewer than its header")
+    magic, version, count = np.fromfile(path, dtype="<i4", count=3)
+    if (magic, version) != (BIN_MAGIC, BIN_VERSION):
+        raise ValueError(f"its header is {magic}, {version}; GPT-2's of llm.c is {BIN_MAGIC}, {BIN_VERSION}")
+    if size != start + 2 * count:
+        raise ValueError(f"it has {size} bytes, its header says {start + 2 * count}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(int(count),))
+
+
+# verifying
+
+
+def check_digest(path, expected):
+    actual = digest(path)
+    if actual != expected:
+        raise UserError(f"{path} has changed since it was written: its digest is {actual}, its manifest says "
+                        f"{expected}; prepare the data again, or restore it")
+
+
+def verify_changed(data_dir):
+    """Check the digests of the shards that changed since their last check. Raises UserError."""
+    manifest, verified_path, verified, now = read_manifest(data_dir), Path(data_dir) / VERIFIED, {}, {}
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        verified = dict(json.loads(verified_path.read_text(encoding="utf-8")))
+    for shard in manifest["shards"] if manifest else []:
+        stat = (Path(data_dir) / shard["file"]).stat()
+        now[shard["file"]] = [shard["digest"], stat.st_size, stat.st_mtime_ns]
+    changed = [name for name in now if now[name] != verified.get(name)]
+    if changed:
+        print(f"{data_dir}: verifying {len(changed)} shards, once", flush=True)
+    for name in changed:
+        check_digest(Path(data_dir) / name, now[name][0])
+        verified[name] = now[name]
+        with contextlib.suppress(OSError), atomic_write(verified_path) as file:  # it may be read-only
+            json.dump(verified, file)
+
+
+def verify(data_dir):
+    """Check digests and ids of all shards against the manifest; return the number of tokens. UserError."""
+    manifest = read_manifest(data_dir)
+    if manifest is None:
+        raise UserError(f"{data_dir} has no {MANIFEST} to verify it against")
+    tokenizer_of(data_dir)
+    total = 0
+    for split in ("val", "train"):
+        for path, tokens in open_shards(data_dir, split):
+            entry = next(shard for shard in manifest["shards"] if shard["file"] == path.name)
+            check_digest(path, entry["digest"])
+            if len(tokens) and tokens.max() >= manifest["num_tokens"]:
+                offset = int((tokens >= manifest["num_tokens"]).argmax())
+                raise UserError(f"{path} contains id {tokens[offset]} at offset {offset}, but the "
+                                f"tokenizer's last id is {manifest['num_tokens'] - 1}")
+            total += len(tokens)
+    return total

@@ -1,0 +1,53 @@
+"""The validation loss: one number for any number of ranks, in nats per token and bits per byte."""
+
+import math
+
+import numpy as np
+import torch
+
+from kit.device import to_device
+
+
+class Validation:
+    """The mean loss on the first windows of the val split."""
+
+    def __init__(self, loader, windows, precision, ranks, tokenizer=None):
+        """loader: a DataLoaderLite of the val split. tokenizer: a tiktoken.Encoding, if it is known."""
+        self.loader, self.windows, self.precision, self.ranks = loader, windows, precision, ranks
+        self.bytes_per_token = None
+        if tokenizer:  # a loss per byte of text can be compared between tokenizers
+            targets = np.concatenate([loader.window(n)[1:] for n in range(windows)])
+            ids, counts = np.unique(targets[targets != tokenizer.eot_token], return_counts=True)
+            sizes = [len(tokenizer.decode_single_token_bytes(i)) for i in ids.tolist()]
+            self.bytes_per_token = (counts * sizes).sum() / len(targets)
+
+    @torch.no_grad()
+    def batch_loss(self, model, batch):
+        """The mean loss of a batch in eval mode, a scalar tensor. Leaves the model in training mode."""
+        model.eval()
+        x, y = (to_device(tokens, self.ranks.device) for tokens in batch)
+        with self.precision.autocast:
+            _, loss = model(x, y)
+        model.train()
+        return loss.float()
+
+    def loss(self, compiled, raw_model, before_batch):
+        """The mean loss, in nats per token. All ranks must call it.
+
+        compiled: used for full batches; any other shape would be compiled anew, so raw_model takes it.
+        before_batch: called as often on every rank; it may raise to stop.
+        """
+        B, rank, world_size = self.loader.B, self.ranks.rank, self.ranks.world_size
+        losses = [torch.zeros((), device=self.ranks.device)]
+        for first in range(rank * B, self.windows + rank * B, B * world_size):
+            before_batch()
+            count = min(B, self.windows - first)
+            if count > 0:
+                model = compiled if count == B else raw_model
+                losses.append(self.batch_loss(model, self.loader.batch(first, count)) * count)
+        total = torch.stack(losses).cpu().double().sum()
+        return self.ranks.sum(total).item() / self.windows
+
+    def bits_per_byte(self, loss):
+        """A loss in nats per token as bits per byte of text; None without a tokenizer."""
+        return self.bytes_per_token and loss / self.bytes_per_token / math.log(2)
