@@ -54,7 +54,7 @@ def shards(texts, learned, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(shards, tmp_path_factory):
-    """An uninterrupted tiny run. Tests read it; who changes a file copies it before."""
+    """An uninterrupted tiny run, for reading only: a test that changes a file works on a copy."""
     log_dir = tmp_path_factory.mktemp("whole") / "log"
     return Run(log_dir, train(shards, log_dir))
 

@@ -2,11 +2,11 @@
 
     FAULT='at_step(7, kill)' python tests/faulty.py train_gpt2.py --flags
 
-FAULT is Python code that runs before the script, with all names of this module. A fault is a point, where the
-run is hit, and an act, what hits it: `inside_save("best", kill)`. In the test's own process, the `faults`
+FAULT is Python code that runs before the script and may use all names of this module. A fault is a point of
+the run and an act that happens there: `inside_save("best", kill)`. In a test's own process, the `faults`
 fixture is this module, and undoes every patch when the test ends.
 
-This is the one place that knows which inner functions of the program belong to a point.
+Only this module knows which functions of the program belong to a point.
 """
 
 import builtins
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 
+import checkpoint
 import fineweb_edu
 import train_gpt2
 from kit import files, shards, sources
@@ -71,28 +72,33 @@ def before(owner, name, when, act):
 
 
 def kill(after=0):
-    """SIGKILL to this process, after so many seconds."""
+    """Send SIGKILL to this process, after so many seconds."""
     time.sleep(after)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hang():
-    """Stop this process for good; it still exists, but does not answer."""
+    """Suspend this process: it still exists, but does not answer."""
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def stop():
-    """SIGTERM to this process, as from a scheduler."""
+    """Send SIGTERM to this process, like a scheduler."""
     signal.raise_signal(signal.SIGTERM)
 
 
 def interrupt():
-    """Break off, in the test's own process, what a SIGKILL would."""
+    """Break off here: the stand-in for SIGKILL in a test's own process."""
     raise KeyboardInterrupt
 
 
+def no_space():
+    """Fail like a call to a full disk."""
+    raise OSError(28, "No space left on device")
+
+
 def fill_disk(size):
-    """No file can grow beyond this size: the same error from the same calls as on a full disk."""
+    """No file can grow beyond this size: the same calls fail with the same error as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
 
 
@@ -104,12 +110,12 @@ def before_host_is_tuned(act):
 
 
 def at_step(number, act):
-    """The gradient of the step is there, the optimizer has not used it yet."""
+    """The step has its gradient, and the optimizer is about to use it."""
     before(train_gpt2, "get_lr", lambda step, args: step == number, act)
 
 
 def after_step(number, act):
-    """The step has been logged and printed; no evaluation or save of the next one has begun."""
+    """The step has been logged and printed; the next evaluation or save has not begun."""
     line, real = f"step {number:5d} |", builtins.print
 
     def faulty(*words, **kwargs):
@@ -126,7 +132,7 @@ def in_micro_batch(number, act):
 
 
 def windows(loader):
-    """How many windows all ranks read in a micro-batch."""
+    """The number of windows that all ranks together read in a micro-batch."""
     return loader.B * loader.num_processes
 
 
@@ -137,9 +143,9 @@ def in_evaluation(step, act):
 
 
 def while_others_wait_for(what, act, step=8):
-    """The other ranks wait for this one's "gradients", or for its answer whether to "stop", in that step."""
+    """In that step, the other ranks wait for this one: for its "gradients", or for its vote to "stop"."""
     owner, name = {"gradients": (DataLoaderLite, "next_batch"), "stop": (dist, "all_reduce")}[what]
-    # once the previous step has its gradient, the ranks first agree on a stop, then sum up the next gradient
+    # after the previous step's optimizer, the ranks vote on a stop, then read a batch and sum the gradients
     at_step(step - 1, lambda: before(owner, name, lambda *_, **__: True, act))
 
 
@@ -149,7 +155,7 @@ def while_compiling(act, after):
 
 
 def not_finite(sequence, what):
-    """Not a number in the "loss" of this input sequence (a list of ids), or in its "gradient" only."""
+    """Put NaN into the "loss" of this input sequence (a list of ids), or only into its "gradient"."""
     sequence, features = torch.tensor(sequence), GPT.features
 
     def poisoned(self, idx, *rest, **named):
@@ -165,7 +171,7 @@ def not_finite(sequence, what):
 
 
 def without_vocabulary():
-    """As without GPT-2's vocabulary and without a network."""
+    """As if there were neither GPT-2's vocabulary nor a network."""
     def no_network(name):
         raise files.UserError("no network")
 
@@ -196,15 +202,20 @@ def on_rename(when, act, after):
 
 
 def before_save(name, act):
-    """Nothing of checkpoint `name` is written yet: its temporary directory is about to be made."""
+    """Nothing of checkpoint `name` is written: its temporary directory is about to be made."""
     before(os, "mkdir", lambda path, *_, **__: name in Path(path).name, act)
 
 
-def inside_save(name, act, step=None, writing=None, after_rename=False):
-    """Checkpoint `name` is complete, and about to be renamed to its final name; or it has just been.
+def while_writing_tensors(act):
+    """A checkpoint's directory is made, and the first tensor file is about to be written."""
+    before(checkpoint, "save_file", lambda *_: True, act)
 
-    step: of which step the checkpoint is, for "best" is saved several times. writing: earlier, when this
-    file of it is about to be synced to the disk.
+
+def inside_save(name, act, step=None, writing=None, after_rename=False):
+    """Checkpoint `name` is complete and about to be renamed to its final name, or has just been renamed.
+
+    step: the step of the checkpoint, since "best" is saved several times. writing: earlier, when this file
+    of the checkpoint is about to be synced to the disk.
     """
     def is_written(descriptor):
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -220,7 +231,7 @@ def inside_save(name, act, step=None, writing=None, after_rename=False):
 
 
 def inside_removal(name, act, after_rename=False):
-    """An old checkpoint is about to be renamed to a temporary name, to be deleted; or it has just been."""
+    """An old checkpoint is about to be renamed for its deletion, or has just been renamed."""
     on_rename(lambda old, new: old.name == name and new.name.startswith("."), act, after_rename)
 
 
@@ -241,29 +252,29 @@ def busy(name):
 
 
 def small_batches(chars):
-    """Read the texts in batches of so many characters: a small file has many."""
+    """Read texts in batches of so many characters, so that a small file has many batches."""
     patch(sources, "BATCH_CHARS", chars)
 
 
 def without_gigatoken():
-    """As where gigatoken is not installed: tiktoken encodes, in worker processes."""
+    """As if gigatoken were not installed: tiktoken encodes, in worker processes."""
     patch(fineweb_edu, "get_fast_tokenizer", lambda name: None)
 
 
 def short_pauses(seconds, count=5):
-    """Ask a busy server again after so many seconds, `count` times; libraries pause no longer, either."""
+    """Ask a busy server again `count` times, after so many seconds; libraries pause no longer than that."""
     real = time.sleep
     patch(files, "PAUSES", (seconds,) * count)
     patch(time, "sleep", lambda asked: real(min(asked, seconds)))
 
 
 def before_shard(number, act):
-    """The ids of the shard `number` are complete, its file is about to appear."""
+    """Shard `number` is complete, and its file is about to get its final name."""
     on_rename(lambda old, new: new.stem.endswith(f"_{number:06d}"), act, after=False)
 
 
 def after_first_shard(act):
-    """The first shard has appeared; the manifest that lists it has not been written."""
+    """The first shard has its final name; the manifest that lists it is about to be written."""
     def lists_a_shard(old, new):
         return new.name == "manifest.json" and json.loads(old.read_text())["shards"]
 

@@ -24,7 +24,7 @@ def serve(handler, **state):
         server.server_close()
 
 
-def serve_dataset(files, faults=(), repository=REPOSITORY):
+def serve_dataset(files, faults=(), repository=REPOSITORY, revision=REVISION):
     """Serve {path: bytes} as a dataset of the hub. The server collects the requests in `asked`.
 
     faults: what the first requests get instead: "503", "429", "half" of a file; or "none": never a file.
@@ -41,19 +41,19 @@ def serve_dataset(files, faults=(), repository=REPOSITORY):
                 return self.reply(int(fault), b"", {})
             api, file = f"/api/datasets/{repository}", f"/datasets/{repository}/resolve/"
             if path.startswith(f"{api}/tree/"):
-                below = path.removeprefix(f"{api}/tree/{REVISION}").strip("/")
+                below = path.removeprefix(f"{api}/tree/{revision}").strip("/")
                 self.reply_json(tree(f"{below}/" if below else "", "recursive=true" in url.query.lower()))
             elif path.startswith(f"{api}/paths-info/"):
                 form = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
                 self.reply_json([entry(name) for name in form.get("paths", []) if name in files])
             elif path == api or path.startswith(f"{api}/revision/"):
                 siblings = [{"rfilename": name} for name in files]
-                self.reply_json({"id": repository, "sha": REVISION, "siblings": siblings, "private": False})
+                self.reply_json({"id": repository, "sha": revision, "siblings": siblings, "private": False})
             elif path.startswith(file) and path.removeprefix(file).partition("/")[2] in files:
                 content = files[path.removeprefix(file).partition("/")[2]]
                 if fault == "none" and self.command == "GET":
                     return self.reply(503, b"", {})
-                headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": REVISION}
+                headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": revision}
                 self.reply(200, content, headers, torn=fault == "half" and self.command == "GET")
             else:
                 self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})

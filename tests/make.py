@@ -1,6 +1,7 @@
 """Make test data: HellaSwag rows and files, small models, checkpoints, shards, texts in files, damage."""
 
 import gzip
+import io
 import json
 import shutil
 import sys
@@ -71,6 +72,13 @@ def write_jsonl(path, rows):
     rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def parquet_bytes(rows):
+    """A parquet file of these rows (dicts), as bytes."""
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out)
+    return out.getvalue()
 
 
 def write_parquet(path, texts, row_group_size=20):
@@ -146,7 +154,7 @@ def small_checkpoint(log_dir, model=None, step=2, tokenizer="gpt2", **more):
 
 
 def write_meta(path, meta):
-    """Write a meta.json whose digest of itself is valid, like someone who means harm."""
+    """Write a meta.json with a valid digest of itself, as an attacker would."""
     if isinstance(meta, dict):
         body = {key: value for key, value in meta.items() if key != "self"}
         meta = {**body, "self": checkpoint.text_digest(body)}

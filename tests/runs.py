@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
+
 import checkpoint
 import train_gpt2
 from kit import files
@@ -83,8 +85,8 @@ def run_here(module, *flags):
             status = end.code
     for stream in (out, err):
         stream.flush()
-    printed, told = (stream.buffer.getvalue().decode() for stream in (out, err))
-    return subprocess.CompletedProcess(flags, status or 0, printed, told)
+    texts = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return subprocess.CompletedProcess(flags, status or 0, *texts)
 
 
 def run_until_killed(*command, fault):
@@ -141,6 +143,17 @@ def train(shards, log_dir, *flags):
     """Train a tiny model in this process; return its log as `read_log` does."""
     train_gpt2.main(train_gpt2.parse_args(list(map(str, flags_of(shards, log_dir, *flags)))))
     return read_log(log_dir)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Compute on one thread: tiny models do not gain from more, and on a busy machine lose a lot."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def read_log(log_dir):

@@ -9,6 +9,7 @@ first difference. Other flags, `--flag value`, are added to all runs.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,8 @@ def train(checkout, data_dir, log_dir, *flags, launcher=()):
     """Run the train_gpt2.py of a checkout; return its log and its tensor files, {key: value}."""
     command = [sys.executable, *launcher, "train_gpt2.py", *FLAGS, "--data_dir", data_dir,
                "--log_dir", log_dir, *flags]
-    subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"} if launcher else None  # torchrun sets it too, with a warning
+    subprocess.run(command, cwd=checkout, env=env, check=True, stdout=subprocess.DEVNULL)
     tensors = {f"{path.parent.name}/{path.name}": path.read_bytes()
                for path in sorted(log_dir.glob("*/*.safetensors"))}
     return {**read_log(log_dir), **tensors}

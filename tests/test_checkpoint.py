@@ -86,18 +86,24 @@ def test_damage_is_found_before_anything_is_used(tmp_path, capsys, name, how):
     assert "skipped damaged checkpoint: " in (told := capsys.readouterr().err) and "ckpt_000002" in told
 
 
-def test_a_crash_while_saving_leaves_the_old_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["writing", "syncing"])
+def test_a_full_disk_while_saving_leaves_the_old_checkpoint(tmp_path, faults, when):
     old, new = trained(seed=1)[0], trained(seed=2)[0]
     checkpoint.save(tmp_path / "best", old, Progress(1))
-    for victim in ("save_file", "sync"):  # in the middle, and when all is written but not renamed yet
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                checkpoint, victim, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-            )
-            with pytest.raises(OSError, match="No space"):
-                checkpoint.save(tmp_path / "best", new, Progress(2))
-        assert same(checkpoint.load_model(tmp_path / "best"), old) and not list(tmp_path.glob(".*"))
-    (tmp_path / "best").rename(tmp_path / ".best.old.tmp")  # killed between the two renames
+    with faults.put_in():
+        if when == "writing":
+            faults.while_writing_tensors(faults.no_space)
+        else:
+            faults.inside_save("best", faults.no_space, writing="meta.json")
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.save(tmp_path / "best", new, Progress(2))
+    assert same(checkpoint.load_model(tmp_path / "best"), old) and not list(tmp_path.glob(".*"))
+
+
+def test_clean_restores_the_old_checkpoint_after_a_kill_between_two_renames(tmp_path):
+    old = trained(seed=1)[0]
+    checkpoint.save(tmp_path / "best", old, Progress(1))
+    (tmp_path / "best").rename(tmp_path / ".best.old.tmp")
     (tmp_path / ".ckpt_000002.tmp").mkdir()
     checkpoint.clean(tmp_path)
     assert same(checkpoint.load_model(tmp_path / "best"), old) and not list(tmp_path.glob(".*"))

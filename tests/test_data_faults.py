@@ -3,6 +3,7 @@
 The README's table lists them.
 """
 
+import gzip
 import http.server
 import json
 import os
@@ -61,7 +62,7 @@ def test_a_damaged_shard_is_found_before_the_run_starts(shards, tmp_path, how, w
 
 
 @pytest.mark.parametrize("how, words", [
-    ("truncated", "whole"), ("empty", "whole"), ("odd size", "whole"), ("another dtype", "int32"),
+    ("truncated", "complete"), ("empty", "complete"), ("odd size", "complete"), ("another dtype", "int32"),
     ("missing", "missing"), ("added", "missing"),
 ])
 def test_a_damaged_shard_without_a_manifest_is_refused(shards, tmp_path, how, words):
@@ -97,7 +98,7 @@ def test_a_token_beyond_the_vocabulary_is_found_before_it_is_trained_on(shards, 
     ids = np.array(tokens)
     ids[start + 5] = 600
     np.save(path, ids)
-    with pytest.raises(UserError, match=f"{path.name} contains id 600 at offset {start + 5}, but the tokenizer's"):
+    with pytest.raises(UserError, match=f"{path.name} contains id 600 at offset {start + 5}, but the"):
         train(tmp_path / "data", tmp_path / "log")
     assert max(read_log(tmp_path / "log"))[0] == 2
 
@@ -195,7 +196,8 @@ def test_a_hub_that_is_busy_and_breaks_off_is_asked_again(tmp_path, texts, learn
         shutil.rmtree(tmp_path / "cache")
         process = run_script(*command, tmp_path / "new", check=False, **settings)
         *retries, last = process.stderr.splitlines()
-        assert process.returncode == 2 and re.match(r"error: hf://.* can't be downloaded", last), process.stderr
+        assert process.returncode == 2, process.stderr
+        assert re.match(r"error: hf://.* can't be downloaded", last)
         assert len(retries) == 5 and not list((tmp_path / "cache").rglob("*.parquet"))
     process = run_script(*command, tmp_path / "other", check=False, **settings)
     assert process.returncode == 2 and "Without network, --input" in process.stderr.splitlines()[-1]
@@ -206,11 +208,13 @@ GOOD = json.dumps(make.ROW)
 
 
 @pytest.mark.parametrize("line, words", [
-    ("<!DOCTYPE html>", "not a HellaSwag example"), (GOOD[:-9], "not a HellaSwag example"),
-    (GOOD.replace('"d"', '"d", "e"'), "four endings"), (GOOD.replace(', "d"', ""), "four endings"),
+    ("<!DOCTYPE html>", "not JSON"), (GOOD[:-9], "not JSON"), ("[1]", "not a HellaSwag example"),
+    (GOOD.replace('"d"', '"d", "e"'), "four texts"), (GOOD.replace(', "d"', ""), "four texts"),
+    (GOOD.replace(', "label": 1', ""), "test split"), (GOOD.replace("1}", '""}'), "test split"),
     (GOOD.replace("1}", "7}"), "label"), (GOOD.replace("1}", "true}"), "label"),
     (GOOD.replace("A man", ""), "ctx"),
-], ids=["html", "cut off", "five endings", "three endings", "label 7", "label true", "empty ctx"])
+], ids=["html", "cut off", "no object", "five endings", "three endings", "no label", "empty label", "label 7",
+        "label true", "empty ctx"])
 def test_a_damaged_hellaswag_file_is_refused_with_the_line(tmp_path, line, words):
     (tmp_path / "data.jsonl").write_text(f"{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(UserError, match=f"data.jsonl:2: .*{words}"):
@@ -218,7 +222,7 @@ def test_a_damaged_hellaswag_file_is_refused_with_the_line(tmp_path, line, words
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves a HellaSwag file of three rows under /good, and faults under other names."""
+    """Serves a file of three lines under /good, and faults under other names."""
 
     pages = {
         "/good": (200, (GOOD + "\n").encode() * 3), "/html": (200, b"<html>busy</html>"),
@@ -244,22 +248,72 @@ def server():
         yield server
 
 
+def three_lines(path):
+    """What a download has to be: raises UserError otherwise."""
+    if len(Path(path).read_text().splitlines()) != 3:
+        raise UserError("not three lines")
+
+
 @pytest.mark.parametrize("page", ["html", "short", "error", "torn"])
-def test_a_damaged_hellaswag_download_leaves_no_file(tmp_path, faults, server, page):
+def test_a_damaged_download_leaves_no_file(tmp_path, faults, server, page):
     faults.short_pauses(0.01, count=2)
-    path = tmp_path / "hellaswag" / "val.jsonl"
+    path = tmp_path / "new" / "lines.txt"
     with pytest.raises(UserError, match=page):
-        hellaswag.download(path, f"{server.url}/{page}", rows=3)
+        files.fetch(f"{server.url}/{page}", path, three_lines, "ask a friend")
     assert list(path.parent.iterdir()) == []
 
 
-def test_a_hellaswag_download_is_tried_again_and_made_once(tmp_path, faults):
+def test_a_download_is_tried_again_and_made_once(tmp_path, faults):
     faults.short_pauses(0.01, count=2)
-    path = tmp_path / "hellaswag" / "val.jsonl"
+    path = tmp_path / "new" / "lines.txt"
     with hub.serve(Server, faults=["/error", "/torn"]) as server:
         url = f"{server.url}/good"
-        assert hellaswag.download(path, url, rows=3) == path and not server.faults
-    assert len(list(hellaswag.iterate_examples(path))) == 3
-    assert hellaswag.download(path, url, rows=3) == path  # no server is asked
-    with pytest.raises(UserError, match="--data"):
-        hellaswag.download(tmp_path / "other.jsonl", url, rows=3)
+        assert files.fetch(url, path, three_lines, "ask a friend") == path and not server.faults
+    three_lines(path)
+    assert files.fetch(url, path, three_lines, "ask a friend") == path  # no server is asked
+    with pytest.raises(UserError, match="ask a friend"):
+        files.fetch(url, tmp_path / "other.txt", three_lines, "ask a friend")
+
+
+def test_hellaswag_is_downloaded_from_the_hub_once(tmp_path, whole):
+    """The pinned revision of the validation split: complete or refused, then read from the cache."""
+    row = {**make.ROW, "label": "1", "activity_label": "Roofing"}  # the hub stores labels as text
+    pages = {name: make.parquet_bytes([row] * count) for name, count in (("whole", 10042), ("short", 10041))}
+    command = ["hellaswag.py", "-m", whole.log_dir, "-d", "cpu", "--limit", 2, "--json", "-"]
+    _, repository, revision, path = re.match(r"(hf://datasets/)(.+)@(\w+)/(.+)", hellaswag.DATA).groups()
+    for name, content in pages.items():
+        with hub.serve_dataset({path: content}, repository=repository, revision=revision) as server:
+            settings = dict(env=hub.environment(server, tmp_path / name), check=False)
+            process = run_script(*command, **settings)
+            if name == "short":
+                assert_refused(process, "has 10041 examples, not 10042", "--data")
+                continue
+            assert json.loads(process.stdout)["n"] == 2, process.stderr
+        process = run_script(*command, **settings)  # the server is gone
+        assert json.loads(process.stdout)["data"] == hellaswag.DATA
+    process = run_script(*command, env={**settings["env"], "HF_HOME": str(tmp_path / "new")}, check=False)
+    assert process.returncode == 2 and "name a local copy with --data" in process.stderr
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.parquet"])
+def test_hellaswag_is_read_from_the_files_that_people_have(tmp_path, name):
+    """Labels as numbers or text, a byte order mark, blank lines, gzip, the hub's parquet."""
+    rows = [{**make.ROW, "label": str(label) if name == "data.parquet" or label % 2 else label}
+            for label in range(4)]
+    if name == "data.parquet":
+        (tmp_path / name).write_bytes(make.parquet_bytes(rows))
+    else:
+        content = ("\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n\n").encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    examples = list(hellaswag.iterate_examples(tmp_path / name))
+    assert [example["label"] for example in examples] == [0, 1, 2, 3] and examples[0]["ctx"] == "A man"
+
+
+def test_a_damaged_gzip_file_is_refused_in_one_line(tmp_path):
+    """zlib's error is neither an OSError nor a ValueError."""
+    content = bytearray(gzip.compress(b"".join(json.dumps({**make.ROW, "ind": i}).encode() + b"\n"
+                                               for i in range(2000))))
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / "data.jsonl.gz").write_bytes(content)
+    with pytest.raises(UserError, match="data.jsonl.gz"):
+        list(hellaswag.iterate_examples(tmp_path / "data.jsonl.gz"))

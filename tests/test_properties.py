@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from runs import TINY, run_here
+from runs import TINY, one_thread, run_here
 
 import checkpoint
 import fineweb_edu
@@ -57,12 +57,9 @@ def cases(count):
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """One thread, since small models do not gain from two; no fsync, since no case is a power failure."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         yield
-    torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
@@ -149,8 +146,8 @@ def test_flags_in_a_config_file_mean_what_they_mean_on_the_command_line(flags, o
         text = (" " if one_line else "\n").join(map(shlex.quote, flags)) + end
         (path / "config.txt").write_text(text, encoding="utf-8")
         assert parse_args([f"@{path}/config.txt"]) == parse_args(flags)
-        behind = ["--seed", "7", "--sample_prompt", "behind"]
-        assert parse_args([f"@{path}/config.txt", *behind]) == parse_args([*flags, *behind])
+        later = ["--seed", "7", "--sample_prompt", "later"]
+        assert parse_args([f"@{path}/config.txt", *later]) == parse_args([*flags, *later])
 
 
 @cases(150)

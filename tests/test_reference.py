@@ -33,13 +33,13 @@ def folder(tmp_path):
     (3.87, "3.2% below"), (3.8, "5.0% below"), (5.16, "3.2% above"), (5.5, "10.0% above"),
 ])
 def test_a_loss_outside_the_band_is_reported(tmp_path, folder, loss, words):
-    told = reference.check(100, loss, write_run(tmp_path / "run"), folder)
+    message = reference.check(100, loss, write_run(tmp_path / "run"), folder)
     if words is None:
-        assert told is None
+        assert message is None
     else:
-        assert f"step 100: val loss {loss:.4f} is {words}" in told and "high 5.0000, low 4.0000" in told
-        assert ("learning rate" in told) == (loss > 5) and ("val split" in told) == (loss < 4)
-        assert "\n" not in told
+        assert f"step 100: val loss {loss:.4f} is {words}" in message and "high 5.0000, low 4.0000" in message
+        assert ("learning rate" in message) == (loss > 5) and ("val split" in message) == (loss < 4)
+        assert "\n" not in message
 
 
 def test_a_curve_is_interpolated_between_its_steps():
