@@ -1,6 +1,7 @@
 """The layout of the project: who imports whom, and how long a file may be."""
 
 import ast
+import re
 
 import pytest
 from runs import ROOT
@@ -64,3 +65,12 @@ def test_files_and_functions_are_short(name):
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 110, node.name
+
+
+def test_the_readmes_table_of_faults_names_tests_that_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("## Faults survived")[2].partition("\n## ")[0]
+    rows = [line.split("|")[3] for line in table.splitlines() if line.startswith("| ")][1:]
+    tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
+    names = re.findall(r"`(\w+)`", "".join(rows))
+    assert len(names) > 30 and all(f"def test_{name}(" in tests for name in names)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from kit import device
-from kit.device import tune
-from kit.packed import onednn_is_faster
+from kit.device import compile_model, tune
+from kit.packed import onednn_is_faster, pack
 
 only_where_faster = pytest.mark.skipif(not onednn_is_faster(), reason="MKL is as fast on this processor")
 
@@ -82,3 +82,39 @@ def test_onednn_is_faster_on_amd_only(monkeypatch, bf16, amx, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert onednn_is_faster() is expected
+
+
+PRIVATE = [(torch.cpu, "_is_avx2_supported"), (torch.cpu, "_is_avx512_bf16_supported"),
+           (torch.cpu, "_is_amx_tile_supported"), (torch.cpu, "_is_vnni_supported"),
+           (torch, "quantize_per_channel"), (torch.ops, "mkldnn"), (torch.ops, "quantized")]
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
+@pytest.mark.parametrize("owner, name", PRIVATE, ids=[name for _, name in PRIVATE])
+def test_a_torch_without_a_private_name_gives_the_same_results(monkeypatch, owner, name, int8):
+    """A later version may lack it. That may cost speed, but not results or an error."""
+    idx = torch.randint(500, (2, 12))
+
+    def error_of_packed():
+        model = make.with_biases(make.small_gpt(scale=8))
+        expected = model(idx)[0]
+        pack(model, int8)
+        return (model(idx)[0] - expected).norm() / expected.norm()
+
+    with torch.no_grad():
+        usual = error_of_packed()
+        if owner is torch.ops:
+            monkeypatch.setattr(torch.ops, name, object())  # once deleted, torch would look it up again
+        else:
+            monkeypatch.delattr(owner, name)
+        tune("cpu", training=True)
+        assert error_of_packed() < max(1.2 * usual, 1e-5) and usual < (0.2 if int8 else 1e-5)
+
+
+def test_without_inductors_private_settings_the_model_still_compiles(monkeypatch):
+    model, idx = make.small_gpt(), torch.randint(500, (2, 12))
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "INDUCTOR_OPTIONS", {"no such option": True})
+        patch.setattr(device, "PARTITIONER_CONFIG", "torch._no_such_module")
+        compiled = compile_model(model, "cpu")
+    assert torch.allclose(compiled(idx, idx)[1], model(idx, idx)[1], atol=1e-5)
