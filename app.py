@@ -18,7 +18,7 @@ from bisect import bisect
 from html import escape
 from pathlib import Path
 
-from kit.flags import integer
+from kit.flags import HelpFormatter, integer
 
 PAUSE = 0.05  # seconds between two updates of a page
 ALTERNATIVES = 6  # most likely tokens to show for each position
@@ -84,10 +84,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="A web page that continues prompts with a GPT-2, published or your own.",
         usage="python app.py [-m MODEL] [-d DEVICE] [--host NAME] [--port PORT]",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("-m", "--model_type", default="log" if list(Path("log").glob("ckpt_*")) else "gpt2",
                         help="a run's log directory (its newest checkpoint), one checkpoint, gpt2, "
-                             "gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory; here %(default)s")
+                             "gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     parser.add_argument("--host", help="0.0.0.0 lets other machines open the page "
                                        "(default: GRADIO_SERVER_NAME, or 127.0.0.1)")

@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kit.flags import integer
+from kit.flags import HelpFormatter, integer
 
 PARTS = ("train", "hellaswag", "sample", "data", "start")
 PROMPT = [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # "Hello, I'm a language model,"
@@ -31,6 +31,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Measure this project, its peers and the machine's limit.",
         usage="python bench.py {train,hellaswag,sample,data,start,all} [--flag value ...]",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("part", choices=(*PARTS, "all"))
     parser.add_argument("--device", help="cuda or cpu (default: auto-detected)")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from kit import shards, sources
 from kit.files import UserError, atomic_write, digest, locked, run_script
-from kit.flags import integer
+from kit.flags import HelpFormatter, integer
 from kit.sources import DATASETS, TEXTS
 from tokenizer import get_fast_tokenizer, get_tokenizer, train
 
@@ -36,6 +36,7 @@ def parse_args(argv=None):
         description="Tokenize FineWeb-Edu, another hub dataset or local files into uint16 shards.",
         usage="python fineweb_edu.py [--input FILE ... | --dataset NAME --name CONFIG | --verify DIR] "
               "[--flag value ...]",
+        formatter_class=HelpFormatter,
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--input", nargs="+", metavar="FILE",

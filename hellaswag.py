@@ -29,7 +29,7 @@ import re
 from pathlib import Path
 
 from kit import scores
-from kit.flags import integer
+from kit.flags import HelpFormatter, integer
 
 # the validation split on the hub. The authors' GitHub repository was taken down in September 2026
 DATA = ("hf://datasets/Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/"
@@ -42,11 +42,12 @@ def parse_args(argv=None):
         description="Evaluate a GPT-2, published or your own, on HellaSwag's validation set.",
         usage="[torchrun --nproc_per_node=N] hellaswag.py {-m MODEL | --compare A B} "
               "[-d DEVICE] [--data FILE] [--flag value ...]",
+        formatter_class=HelpFormatter,
     )
     models = parser.add_mutually_exclusive_group()
     models.add_argument("-m", "--model_type", default="gpt2",
                         help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face directory, "
-                             "a run's log directory or one checkpoint (default: gpt2)")
+                             "a run's log directory or one checkpoint")
     models.add_argument("--compare", nargs=2, metavar=("A", "B"),
                         help="two such models on the same examples, and a paired test")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")

@@ -15,7 +15,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from kit.flags import integer
+from kit.flags import HelpFormatter, integer
 
 # the commands between two prompts: the setting that each changes, and its type
 COMMANDS = {"temp": ("temperature", float), "top_k": ("top_k", int), "top_p": ("top_p", float),
@@ -27,6 +27,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Continue a prompt with a GPT-2, published or your own.",
         usage="python sample.py [-m MODEL] [-p PROMPT|@FILE] [-n SAMPLES] [--flag value ...]",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("-m", "--model_type", default="log",
                         help="a run's log directory (its newest checkpoint), one checkpoint, "

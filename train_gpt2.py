@@ -12,14 +12,14 @@ continues it, bit for bit. `train` is the whole run, in order; the functions it 
 import argparse
 
 from kit import recipe
-from kit.flags import integer, number, parse_with_configs
+from kit.flags import HelpFormatter, integer, number, parse_with_configs
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Train a GPT-2. An interval N: at step 0, every N steps and at the end; 0: never.",
         usage="python train_gpt2.py [@configs/NAME.txt] [--flag value ...]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     switch, interval = argparse.BooleanOptionalAction, integer(0)
 

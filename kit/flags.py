@@ -31,6 +31,14 @@ def number(least=-math.inf, most=1e100):
     return parse
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where it says something: not None, not False, and not where the help names it."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False or action.default == ()
+        return action.help if silent or "(default:" in action.help else super()._get_help_string(action)
+
+
 def parse_with_configs(parser, argv=None):
     """Parse flags and @config files, in which # begins a comment. Exits with status 2 on errors."""
 

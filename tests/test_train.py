@@ -175,7 +175,7 @@ def test_a_compiled_model_keeps_less_for_the_backward_pass():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc's allocator")
 def test_freed_memory_is_reused_without_page_faults():
     code = """if True:
-        import resource, torch, kit.device
+        import resource, torch, kit.device, train_gpt2
         kit.device.tune("cpu")
         torch.ones(2**24)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -245,7 +245,7 @@ def test_dropout_on_two_ranks_resumes_bit_for_bit(shards, tmp_path):
 def test_the_host_is_tuned_before_anything_else(faults):
     faults.before_host_is_tuned(faults.interrupt)
     with pytest.raises(KeyboardInterrupt):
-        main(parse_args(["--device", "no device at all"]))
+        main(parse_args(["--data_dir", "no data at all"]))
 
 
 def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(shards, whole, tmp_path, capsys):
@@ -287,14 +287,14 @@ def test_shards_without_a_manifest_train_unverified(shards, tmp_path, capsys, fa
     faults.without_vocabulary()
     train(tmp_path / "data", tmp_path / "log", "--max_steps", 2, "--vocab_size", 50304, "--sample_every", 1)
     out = capsys.readouterr().out
-    assert out.count("unverified") == 1 and out.count("no samples, HellaSwag") == 1
+    assert out.count("can't be verified") == 1 and out.count("no samples, HellaSwag") == 1
     assert checkpoint.load_model(tmp_path / "log").config.num_tokens == 50257
 
 
 def test_shards_of_an_unknown_small_vocabulary_train(shards, tmp_path, capsys):
     make.copy_shards(shards, tmp_path / "data", manifest=False)
     train(tmp_path / "data", tmp_path / "log", "--max_steps", 2, "--sample_every", 1)
-    assert "which tokenizer made it" in capsys.readouterr().out
+    assert "does not name the tokenizer" in capsys.readouterr().out
     with pytest.raises(UserError, match="contains id .* last id is 63"):
         train(tmp_path / "data", tmp_path / "other", "--vocab_size", 64)
 
