@@ -60,25 +60,30 @@ def command_line(command, fault=None):
     return [sys.executable, *map(str, command)]
 
 
+def environment(fault=None, more=None):
+    """The environment of a script: one thread, as in `train`, since their runs are compared bit by bit."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault or "", **(more or {})}
+
+
 def run_script(*command, check=True, fault=None, env=None, timeout=280):
     """Run `script --flags` or `torchrun N script --flags` to its end; return the finished process.
 
     check: the exit status must be 0. fault: code for faulty.py.
     """
     process = subprocess.run(
-        command_line(command, fault), cwd=ROOT, env={**os.environ, "FAULT": fault or "", **(env or {})},
-        timeout=timeout, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        command_line(command, fault), cwd=ROOT, env=environment(fault, env), timeout=timeout,
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
     )
     assert not check or process.returncode == 0, process.stdout + process.stderr
     return process
 
 
 def run_here(module, *flags):
-    """Run a script's module in this process, which saves the imports; the result is as from run_script."""
+    """Run a script's module in this process, which saves the imports; return the same as run_script."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
     err.reconfigure(errors="backslashreplace")  # like Python's own stderr
     status = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), one_thread():
         try:
             files.run_script(module.main, module.parse_args(list(map(str, flags))))
         except SystemExit as end:
@@ -98,8 +103,8 @@ def run_until_killed(*command, fault):
 def start_script(*command, fault=None):
     """Start a script and return the Popen, with stdout and stderr in one pipe. fault: code for faulty.py."""
     return subprocess.Popen(
-        command_line(command, fault), cwd=ROOT, env={**os.environ, "FAULT": fault or ""},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command_line(command, fault), cwd=ROOT, env=environment(fault), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
     )
 
 
@@ -140,14 +145,15 @@ def assert_refused(process, *words):
 
 
 def train(shards, log_dir, *flags):
-    """Train a tiny model in this process; return its log as `read_log` does."""
-    train_gpt2.main(train_gpt2.parse_args(list(map(str, flags_of(shards, log_dir, *flags)))))
+    """Train a tiny model in this process, on one thread; return its log as `read_log` does."""
+    with one_thread():
+        train_gpt2.main(train_gpt2.parse_args(list(map(str, flags_of(shards, log_dir, *flags)))))
     return read_log(log_dir)
 
 
 @contextlib.contextmanager
 def one_thread():
-    """Compute on one thread: tiny models do not gain from more, and on a busy machine lose a lot."""
+    """Compute on one thread: tiny models gain nothing from two, which take ten times as long when busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

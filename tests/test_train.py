@@ -21,7 +21,6 @@ from runs import (
     assert_same_end,
     copy_run,
     flags_of,
-    one_thread,
     read_log,
     run_here,
     run_script,
@@ -224,12 +223,15 @@ def test_mixed_precision_trains_and_resumes(shards, whole, tmp_path, dtype):
     assert train(shards, tmp_path / "log", "--dtype", dtype, "--resume") == log
 
 
-def test_dropout_resumes_bit_for_bit(shards, tmp_path):
-    log_dir, dropout = tmp_path / "log", ["--dropout", 0.2]
-    run_script("train_gpt2.py", *flags_of(shards, log_dir, *dropout))
+def test_dropout_on_all_threads_resumes_bit_for_bit(shards, tmp_path):
+    """The other runs in the tests use one thread."""
+    log_dir, env = tmp_path / "log", {"OMP_NUM_THREADS": str(os.cpu_count())}
+    command = ["train_gpt2.py", *flags_of(shards, log_dir, "--dropout", 0.2)]
+    run_script(*command, env=env)
     log = read_log(log_dir)
     shutil.rmtree(log_dir / "ckpt_000012")
-    assert train(shards, log_dir, *dropout, "--resume") == log
+    run_script(*command, "--resume", env=env)
+    assert read_log(log_dir) == log
 
 
 def test_dropout_on_two_ranks_resumes_bit_for_bit(shards, tmp_path):
@@ -310,8 +312,7 @@ def test_evaluations_are_drawn_and_compared_with_references(shards, tmp_path, mo
     monkeypatch.setattr(reference, "check", lambda *args: "off the track")
     checked, drawn = calls_of(reference, "check"), calls_of(curves, "draw")
     flags = ["--plot", "--max_steps", 260, "--val_every", 125, "--save_every", 0]
-    with one_thread():
-        log = train(shards, tmp_path / "log", *flags)
+    log = train(shards, tmp_path / "log", *flags)
     assert drawn == [([tmp_path / "log"], tmp_path / "log" / "curves.png")] * 4  # at 0, 125, 250 and 260
     assert (tmp_path / "log" / "curves.png").read_bytes().startswith(b"\x89PNG")
     [(step, loss, log_dir)] = checked

@@ -26,6 +26,7 @@ from runs import (
     assert_refused,
     assert_same_end,
     copy_run,
+    environment,
     flags_of,
     kill_all,
     ranks_of,
@@ -245,7 +246,7 @@ def test_the_readmes_loop_for_machines_that_may_go_away(shards, whole, tmp_path)
     flags = " ".join(map(str, flags_of(shards, tmp_path / "log")))
     loop = loop.replace("python train_gpt2.py", f"{sys.executable} train_gpt2.py {flags}")
     process = subprocess.Popen(["bash", "-c", loop.replace("sleep 5", "sleep 0.1")], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for moment in (0.05, 0.15, 0.1):
         wait_for_line(process, "tokens per step")
         time.sleep(moment)
