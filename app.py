@@ -10,7 +10,7 @@ Hugging Face Space, which starts it without flags.
 import argparse
 import codecs
 import contextlib
-import importlib.util
+import importlib
 import math
 import socket
 import time
@@ -209,8 +209,10 @@ def main(args):
         socket.create_server((host, port)).close()
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: the page can't be served there ({error})") from error
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("the page needs gradio, which is not installed: pip install gradio")
+    try:
+        importlib.import_module("gradio")
+    except ImportError:
+        raise UserError("the page needs gradio, which is not installed: pip install gradio") from None
     model, tokenizer = load_model_and_tokenizer(source, device)
     name = Path(source).name
     facts = f"{model.num_params():,} parameters, a context of {model.config.block_size:,} tokens"

@@ -96,8 +96,9 @@ class CausalSelfAttention(nn.Module):
             )
             q, (k, v) = qkv[0], cache.append(self.layer, qkv[1:])
         # is_causal is the causal mask. A single token after a cache attends to all, so it needs no mask
+        is_causal = mask is None and (cache is None or cache.length == 0)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            q, k, v, attn_mask=mask, is_causal=is_causal,
             dropout_p=self.dropout if self.training else 0.0,
         )
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
@@ -146,7 +147,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.compile_loss = True  # whether torch.compile may put the loss into its graph: kit/device.py
+        self.uncompiled_loss = None  # a mean_loss outside of torch.compile's graph, if any: kit/device.py
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),  # of tokens
@@ -210,7 +211,7 @@ class GPT(nn.Module):
         x = self.features(idx)  # (B, T, C)
         if targets is None:
             return self.logits(x), None
-        mean_loss = self.mean_loss if self.compile_loss else self.eager_mean_loss
+        mean_loss = self.uncompiled_loss or self.mean_loss
         return None, mean_loss(x.view(-1, x.size(-1)), targets.reshape(-1))
 
     def mean_loss(self, x, targets):
@@ -218,8 +219,6 @@ class GPT(nn.Module):
         if torch.is_grad_enabled():
             return LinearCrossEntropy.apply(x, self.lm_head.weight, targets, self.logits)
         return self.token_losses(x, targets).mean()
-
-    eager_mean_loss = torch.compiler.disable(mean_loss)
 
     @torch.no_grad()
     def token_losses(self, x, targets):

@@ -95,7 +95,7 @@ def compile_model(model, device):
     # and keep the loss out of the graph, where Inductor would hold all slices of the logits at once
     with contextlib.suppress(ImportError):
         importlib.import_module(PARTITIONER_CONFIG).ban_recompute_materialized_backward = False
-    model.compile_loss = False
+    model.uncompiled_loss = torch.compiler.disable(model.mean_loss)
     # the same bits every time: threads would add up the gradients of one embedding row in any order
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time

@@ -10,6 +10,7 @@ from pathlib import Path
 import faulty
 import make
 import pytest
+import torch
 from runs import Run, train
 
 from fineweb_edu import prepare
@@ -24,6 +25,15 @@ def pytest_make_parametrize_id(val):
         return " ".join(map(str, val))
     if isinstance(val, dict):
         return ", ".join(f"{key}={value}" for key, value in val.items())
+
+
+@pytest.fixture(autouse=True)
+def torch_settings():
+    """Restore the process-wide settings of torch that a run or a compilation has changed."""
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

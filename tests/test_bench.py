@@ -17,7 +17,7 @@ def test_a_wrong_value_of_a_flag_is_refused(flags, word):
 
 
 def test_an_arm_answers_and_a_dead_one_is_named():
-    products = dict(work="products", device="cpu", rows=16, backward=True)
+    products = dict(work="matmul", device="cpu", rows=16, backward=True)
     with bench.Arm(**products) as arm:
         first, second = arm(0), arm(1)
     assert first["rate"] > 1e9 and second["peak_bytes"] >= first["peak_bytes"] > 10**8

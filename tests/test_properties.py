@@ -30,6 +30,7 @@ import sample
 import train_gpt2
 from checkpoint import Progress
 from fineweb_edu import encode, encode_fast
+from kit import sources
 from kit.files import UserError
 from kit.shards import open_shards, tokenizer_of, verify
 from model import GPT, GPTConfig
@@ -532,7 +533,7 @@ def test_any_manifest_opens_its_shards_or_is_refused_in_one_line(shards, interru
         answer(fineweb_edu.prepare, interrupted[0], data_dir, *interrupted[2:])
         assert not list(data_dir.glob(".*.tmp")) and before <= {file.name for file in data_dir.iterdir()}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fineweb_edu, "hub_files", lambda *_: [str(interrupted[0][0])])
+            patch.setattr(sources, "hub_files", lambda *_: [str(interrupted[0][0])])
             flags = ["--data_dir", str(data_dir), "--dataset", "a/b", "--tokenizer", interrupted[3]]
             assert run(fineweb_edu, *flags)[0] == 2
 

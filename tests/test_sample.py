@@ -65,7 +65,7 @@ def test_a_packed_model_writes_the_same_tokens_and_calls_no_module_in_a_layer(ro
         assert all(weight.is_mkldnn for _, weight, *_ in matmuls)  # packed
         assert held[0] == 10 and held[-1] == 4  # at the end the embeddings and the last pair: no second model
     torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=1e-5)
-    with pytest.raises(AssertionError, match="packed already"):
+    with pytest.raises(AssertionError, match="already packed"):
         pack(model)
 
 

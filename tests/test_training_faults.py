@@ -334,7 +334,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_located(shards, tmp_path, what
     flags = flags_of(shards, tmp_path / "log", "--val_every", 0, "--save_every", 1)
     process = run_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault, check=False)
     assert process.returncode == 1
-    words = rf"error: step 5 has .*nan; rank 1: loss .* at {offset} of {re.escape(str(path))}"
+    words = rf"error: step 5 has .*nan; rank 1: loss .* at offset {offset} of {re.escape(str(path))}"
     assert re.search(words, process.stderr), process.stderr
     assert names_of(tmp_path / "log") == ["ckpt_000005", "ckpt_000004"]
     assert_finite(checkpoint.load_model(tmp_path / "log"))
@@ -411,8 +411,8 @@ def test_a_second_run_on_one_log_directory_is_refused(shards, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--max_lr", "1e-3"], "max_lr 0.003 -> 0.001; --allow_change max_lr"),
     (["--max_steps", 16, "--grad_clip", 2], "max_steps 12 -> 16, grad_clip 1.0 -> 2.0; --allow"),
-    (["--seed", 1], "seed 1337 -> 1; another --log_dir"),
-    (["--seed", 1, "--max_steps", 16], "max_steps 12 -> 16; another --log_dir"),
+    (["--seed", 1], "seed 1337 -> 1; use another --log_dir"),
+    (["--seed", 1, "--max_steps", 16], "max_steps 12 -> 16; use another --log_dir"),
     (["--total_batch_size", 512, "--allow_change", "max_lr"], "total_batch_size 256 -> 512"),
 ])
 def test_a_resume_that_would_be_another_run_is_refused(shards, whole, tmp_path, flags, words):
@@ -424,7 +424,7 @@ def test_a_resume_that_would_be_another_run_is_refused(shards, whole, tmp_path, 
 
 def test_a_resume_on_other_data_is_refused(shards, whole, tmp_path):
     other = make.copy_shards(shards, tmp_path / "data", manifest=False)
-    with pytest.raises(UserError, match="data '.* -> 'unverified.*; another --log_dir"):
+    with pytest.raises(UserError, match="data '.* -> 'unverified.*; use another --log_dir"):
         train(shards, whole.log_dir, "--resume", "--data_dir", other)
 
 
