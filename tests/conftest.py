@@ -29,9 +29,12 @@ def pytest_make_parametrize_id(val):
 
 @pytest.fixture(autouse=True)
 def torch_settings():
-    """Restore the process-wide settings of torch that a run or a compilation has changed."""
-    precision = torch.get_float32_matmul_precision()
+    """One thread per pytest worker; restore the settings of torch that a run or a compilation changed."""
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each would wait for each other
+        torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
     torch.use_deterministic_algorithms(False)
 

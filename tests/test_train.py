@@ -188,6 +188,7 @@ def test_freed_memory_is_reused_without_page_faults():
 
 def test_compiled_gradients_are_the_same_bits_on_a_busy_machine():
     torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count())  # with one, there is nothing to keep apart
     raw_model = train_gpt2.GPT(train_gpt2.GPTConfig(32, 512, 2, 2, 32))
     model = compile_model(raw_model, "cpu")
     windows = torch.randint(50, (4, 33))  # each token several times

@@ -412,7 +412,7 @@ def test_a_second_run_on_one_log_directory_is_refused(shards, tmp_path):
     (["--max_lr", "1e-3"], "max_lr 0.003 -> 0.001; --allow_change max_lr"),
     (["--max_steps", 16, "--grad_clip", 2], "max_steps 12 -> 16, grad_clip 1.0 -> 2.0; --allow"),
     (["--seed", 1], "seed 1337 -> 1; use another --log_dir"),
-    (["--seed", 1, "--max_steps", 16], "max_steps 12 -> 16; use another --log_dir"),
+    (["--seed", 1, "--max_steps", 16], "max_steps 12 -> 16, seed 1337 -> 1; use another --log_dir"),
     (["--total_batch_size", 512, "--allow_change", "max_lr"], "total_batch_size 256 -> 512"),
 ])
 def test_a_resume_that_would_be_another_run_is_refused(shards, whole, tmp_path, flags, words):
