@@ -291,8 +291,10 @@ def resolve(source):
             return newest
         if (path / "best").is_dir() and not problems:
             return path / "best"
+        remedy = f"{source}/best may still be valid" if (path / "best").is_dir() else (
+            f"train one with python train_gpt2.py --log_dir {source}, or use -m gpt2")
         raise UserError(f"{source} contains no valid checkpoint" + "".join(f"; {p}" for p in problems)
-                        + f": train one with python train_gpt2.py --log_dir {source}, or use -m gpt2")
+                        + f": {remedy}")
     kind = "is not a checkpoint directory" if path.exists() else "does not exist"
     raise UserError(f"{source} {kind}: name one of {', '.join(GPT2_SIZES)}, a log directory "
                     "(python train_gpt2.py writes one), a checkpoint in it, or a Hugging Face directory")
@@ -349,11 +351,10 @@ def export(source, directory, push_to_hub=None):
 
 def show(directory, verify):
     """Print a line for each checkpoint of a directory; exit with status 1 if one is damaged."""
-    if (directory / "meta.json").is_file() or NAME.match(directory.name) or directory.name == "best":
+    paths = [path for path in (*reversed(numbered(directory)), directory / "best") if path.is_dir()]
+    if not paths and directory.is_dir() and (NAME.match(directory.name) or directory.name == "best"
+                                             or (directory / "meta.json").is_file()):
         paths = [directory]
-    else:
-        paths = [*reversed(numbered(directory)), directory / "best"]
-    paths = [path for path in paths if path.is_dir()]
     if not paths:
         raise UserError(f"{directory} contains no checkpoint")
     damaged = 0

@@ -6,9 +6,11 @@
 
 Two protocols are in use, and their results can't be compared with each other. Chance is 0.25 in both.
 
-                the model reads          acc: the largest   acc_norm: that sum divided by
-    completion  ctx                      sum of the log-    the number of tokens
-    harness     activity: ctx_a Ctx_b    likelihoods        the number of characters
+`acc` takes the ending with the largest sum of log-likelihoods; `acc_norm` divides that sum by its length.
+
+                the model reads          the length counts
+    completion  ctx                      tokens
+    harness     activity: ctx_a Ctx_b    characters
 
                 OpenAI's 124M            OpenAI's XL
     completion  acc 0.2859 norm 0.2955   acc 0.3842 norm 0.4893

@@ -6,7 +6,7 @@
 
 The defaults are GPT-2 124M on FineWeb-Edu with the hyperparameters of the GPT-3 paper (table 2.1 and appendix
 B, https://arxiv.org/abs/2005.14165). If a run is interrupted in any way, the same command with --resume
-continues it, bit for bit. `train` is the whole run, in order; the functions it calls stand above it.
+continues it, on a CPU in the same bits. `train` is the whole run, in order; its set-up steps are above it.
 """
 
 import argparse
@@ -388,9 +388,11 @@ def start_run(args, micro_steps, start_step, data, raw_model, compiled, precisio
 def inference(raw_model, precision):
     """Evaluate in eval mode and in the precision of training, then return to training mode."""
     raw_model.eval()
-    with precision.autocast:
-        yield
-    raw_model.train()
+    try:
+        with precision.autocast:
+            yield
+    finally:
+        raw_model.train()
 
 
 def sample(step, args, raw_model, data, precision, ranks):
@@ -440,9 +442,9 @@ def skip_or_stop(progress, loss, norm, args, data, raw_model, precision, run, ra
 
 
 def find_bad_window(step, args, data, raw_model, precision, ranks):
-    """Where this rank's first window of a step is whose loss or gradient is not finite, as text; or None.
+    """The place of this rank's first window whose loss or gradient is not finite, as text; or None.
 
-    Each window is computed again by itself.
+    Each window of the step is computed again, alone.
     """
     count = args.total_batch_size // args.sequence_length  # windows of a step
     for i in range(count):
@@ -517,7 +519,7 @@ def train(args, at_exit):
                 run.report(step, progress.val_loss if due(args.val_every) else None)
             if data.tokenizer and due(args.sample_every) and ranks.is_first:
                 sample(step, args, raw_model, data, precision, ranks)
-            # the checkpoint of a resumed run is complete, unless a stop saved it before its evaluation
+            # a resumed run need not save this step again, unless a stop had saved it before its evaluation
             saved = step == start_step and progress.val_loss == meta.get("val_loss")
             if (due(args.save_every) or due(args.keep_every)) and step > 0 and not saved:
                 saver.save(f"ckpt_{step:06d}", progress, optimizer)

@@ -1,1 +1,1 @@
-"""What the scripts import and nobody runs. Modules here import kit, model and tokenizer, never a script."""
+"""What the scripts import and nobody runs. Modules here import kit and tokenizer, never a script."""

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 
 def cpu_has(*features):
     """Whether the processor has all of these features, such as "avx2"; False if torch can't tell."""
-    unknown = bool  # a function that returns False
-    return all(getattr(torch.cpu, f"_is_{feature}_supported", unknown)() for feature in features)
+    return all(getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)() for feature in features)
 
 
 def onednn_is_faster():

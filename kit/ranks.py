@@ -20,8 +20,8 @@ LOST_RANK = re.compile("by peer|[Tt]imed out|Broken pipe")  # gloo's words for a
 class Ranks:
     """This process among the ranks that torchrun started; without torchrun, the only one.
 
-    device: where this rank computes. Values that are not gradients travel from CPU to CPU over gloo, so no
-    GPU has to be waited for.
+    device: where this rank computes. Except in `mean`, values travel from CPU to CPU over gloo, so no GPU has
+    to be waited for.
     """
 
     def __init__(self, device=None, timeout=600.0):
@@ -152,7 +152,8 @@ class StopSignal:
 
 def explain_lost_rank(error, timeout):
     """One sentence if a RuntimeError means that another rank died or hangs, else None. timeout: seconds."""
-    if not isinstance(error, dist.DistError) and not LOST_RANK.search(str(error)):
+    distributed = "RANK" in os.environ
+    if not distributed or not isinstance(error, dist.DistError) and not LOST_RANK.search(str(error)):
         return None
     return (f"rank {os.environ.get('RANK')} has lost another rank, which died or did not answer for "
             f"--timeout {timeout:g} seconds ({first_line(error)})")

@@ -45,5 +45,7 @@ class Report:
 
 def duration(seconds):
     """A duration as text: 2h05m, 12m or 40s."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m" if minutes else f"{seconds:.0f}s"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m"

@@ -70,16 +70,19 @@ class Run(contextlib.ExitStack):
         """Draw the curves, and say if the val loss of this step, if given, is off the track of its recipe."""
         if not self.ranks.is_first:
             return
-        try:
-            if val_loss is not None and step in REFERENCE_STEPS:
+        if val_loss is not None and step in REFERENCE_STEPS:
+            try:
                 warning = reference.check(step, val_loss, self.log_dir)
-                if warning:
-                    self.ranks.say(warning)
-            if self.plot:
+            except UserError as error:
+                warning = f"no comparison with reference runs, training continues: {error}"
+            if warning:
+                self.ranks.say(warning)
+        if self.plot:
+            try:
                 curves.draw([self.log_dir], self.log_dir / "curves.png")
-        except UserError as error:  # no matplotlib, or an unreadable reference: no reason to stop training
-            self.plot = False
-            self.ranks.say(f"no more curves, training continues: {error}")
+            except UserError as error:  # for example without matplotlib
+                self.plot = False
+                self.ranks.say(f"no more curves, training continues: {error}")
 
     def sync_log(self):
         """Make sure that log.txt is on the disk, for example before a checkpoint that it led to."""

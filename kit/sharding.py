@@ -4,8 +4,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def distribute(model, ranks):
-    """The model as all ranks train it. Run one forward and backward pass before the first step: DDP regroups
-    its gradient buckets after the first one, and later sums must be in the same order after a restart."""
+    """The model as all ranks train it.
+
+    Before the first step, run one forward and backward pass: DDP then regroups its gradient buckets, and sums
+    must be in the same order after a restart.
+    """
     return DistributedDataParallel(model) if ranks.distributed else model
 
 
