@@ -74,3 +74,8 @@ def test_the_readmes_table_of_faults_names_tests_that_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
     names = re.findall(r"`(\w+)`", "".join(rows))
     assert len(names) > 30 and all(f"def test_{name}(" in tests for name in names)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_linter_rule_is_switched_off_in_a_file(name):
+    assert "noqa" not in FILES[name].read_text(encoding="utf-8")
