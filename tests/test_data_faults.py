@@ -6,11 +6,15 @@ The README's table lists them.
 import gzip
 import http.server
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import threading
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import hub
@@ -167,6 +171,19 @@ def test_sigkill_of_a_worker_ends_the_preparation_with_the_reason(tmp_path, text
     os.kill(worker, signal.SIGKILL)
     assert "a worker was killed" in process.communicate()[0]
     assert process.returncode == 1 and time.monotonic() - started < 20
+
+
+def test_a_worker_that_dies_while_it_sends_its_result_is_noticed(learned):
+    """The process pool itself would wait for the rest of the result for ever."""
+    encoder, unfinished = fineweb_edu.Encoder(learned, 1), Future()
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=[60])
+    worker.start()
+    timers = threading.Timer(1.5, worker.kill), threading.Timer(15, unfinished.set_result, [None])
+    for timer in timers:
+        timer.start()
+    with pytest.raises(BrokenProcessPool):
+        encoder.result(unfinished)
+    timers[1].cancel()
 
 
 def test_a_second_preparation_of_one_data_directory_is_refused(tmp_path, texts, learned):
