@@ -153,6 +153,7 @@ def test_hellaswag_is_tokenized_once_a_run(shards, tmp_path, one_row, calls_of):
     assert [step for step, stream in log if stream == "hella"] == [0, 4, 8, 12] and len(rendered) == 1
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="saved tensors of a graph can't be read")
 def test_a_compiled_model_keeps_less_for_the_backward_pass():
     """The outputs of LayerNorm and GELU are recomputed: they are a quarter of what torch would keep."""
     def kept(compiled):
