@@ -18,7 +18,7 @@ from bisect import bisect
 from html import escape
 from pathlib import Path
 
-from kit.flags import HelpFormatter, integer
+from kit.flags import HelpFormatter, from_command_line, integer
 
 PAUSE = 0.05  # seconds between two updates of a page
 ALTERNATIVES = 6  # most likely tokens to show for each position
@@ -98,7 +98,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    args = parse_args()
+    args = from_command_line(parse_args)
 
 import torch
 

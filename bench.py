@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kit.flags import HelpFormatter, integer
+from kit.flags import HelpFormatter, from_command_line, integer
 
 PARTS = ("train", "hellaswag", "sample", "data", "start")
 PROMPT = [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # "Hello, I'm a language model,"
@@ -60,7 +60,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__" and sys.argv[1:2] != ["--arm"]:
-    args = parse_args()
+    args = from_command_line(parse_args)
 
 import contextlib
 import math

@@ -27,6 +27,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kit.flags import from_command_line
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
@@ -45,7 +47,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    args = parse_args()
+    args = from_command_line(parse_args)
 
 import torch
 from safetensors import SafetensorError
@@ -71,7 +73,7 @@ NAME = re.compile(r"ckpt_(\d{6,})$")
 
 # types of the values in meta.json
 KINDS = dict(step=int, config=dict, files=dict, identity=dict, val_loss=(float, type(None)), best_val=float,
-             dtype=str, scaler=dict, skipped=int)
+             smoothed=(float, type(None)), lowest=float, diverged=bool, dtype=str, scaler=dict, skipped=int)
 REQUIRED = ("step", "config", "files")
 SCALER = dict(scale=float, growth_factor=float, backoff_factor=float, growth_interval=int,
               _growth_tracker=int)  # of a GradScaler's state, for fp16
@@ -89,6 +91,9 @@ class Progress:
     val_loss: float | None = None  # the last one measured
     best_val: float = math.inf  # the lowest, of those after step 0
     skipped: int = 0  # steps skipped because loss or gradient was not finite
+    smoothed: float | None = None  # a running mean of the training loss
+    lowest: float = math.inf  # its minimum
+    diverged: bool = False  # whether it is far above that
 
     @classmethod
     def of(cls, meta):

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from kit import shards, sources
 from kit.files import UserError, atomic_write, digest, locked, run_script
-from kit.flags import HelpFormatter, integer
+from kit.flags import HelpFormatter, from_command_line, integer
 from kit.sources import DATASETS, TEXTS
 from tokenizer import get_fast_tokenizer, get_tokenizer, train
 
@@ -278,26 +278,33 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
 def prepare_demo(data_dir):
     """Prepare Python's own documentation, with a tokenizer learned on it, unless data_dir has it already.
 
-    Raises UserError if data_dir contains other data.
+    Waits while another process prepares it. Raises UserError if data_dir contains other data.
     """
-    manifest = shards.read_manifest(data_dir)
-    if manifest and manifest["source"] != sources.PYTHON_DOCS:
-        raise UserError(f"--data_dir {data_dir} contains other data: omit --demo_data, or name another one")
-    if manifest and manifest["complete"]:
+    if demo_is_prepared(data_dir):
         return
-    print(f"collecting Python's own documentation into {data_dir} ...", flush=True)
-    texts = sources.python_docs()
-    if sum(map(len, texts)) < 10**6:
-        raise UserError("--demo_data: this Python has almost no documentation; "
-                        "install its full standard library")
-    folder = Path(data_dir) / "sources"
-    files, tokenizer = [str(folder / "python_docs.jsonl")], str(folder / "tokenizer.json")
-    with locked(data_dir):
+    with locked(data_dir, wait=True):
+        if demo_is_prepared(data_dir):
+            return
+        print(f"collecting Python's own documentation into {data_dir} ...", flush=True)
+        texts = sources.python_docs()
+        if sum(map(len, texts)) < 10**6:
+            raise UserError("--demo_data: this Python has almost no documentation; "
+                            "install its full standard library")
+        folder = Path(data_dir) / "sources"
+        files, tokenizer = [str(folder / "python_docs.jsonl")], str(folder / "tokenizer.json")
         folder.mkdir(exist_ok=True)
         with atomic_write(files[0]) as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         train(texts, 2048, tokenizer)
         prepare(files, data_dir, sources.PYTHON_DOCS, tokenizer=tokenizer)
+
+
+def demo_is_prepared(data_dir):
+    """Whether a directory contains the whole demo data, of any version of Python. Raises UserError."""
+    manifest = shards.read_manifest(data_dir)
+    if manifest and manifest["source"].keys() != sources.PYTHON_DOCS.keys():
+        raise UserError(f"--data_dir {data_dir} contains other data: omit --demo_data, or name another one")
+    return bool(manifest and manifest["complete"])
 
 
 def find_input(args):
@@ -335,4 +342,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, from_command_line(parse_args))

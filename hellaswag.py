@@ -31,7 +31,7 @@ import re
 from pathlib import Path
 
 from kit import scores
-from kit.flags import HelpFormatter, integer
+from kit.flags import HelpFormatter, from_command_line, integer
 
 # the validation split on the hub. The authors' GitHub repository was taken down in September 2026
 DATA = ("hf://datasets/Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/"
@@ -72,7 +72,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    args = parse_args()
+    args = from_command_line(parse_args)
 
 import torch
 from tqdm import tqdm
@@ -331,6 +331,7 @@ def main(args):
         with ranks.first_goes_ahead():
             path = download()
     examples = list(iterate_examples(path))[: args.limit]
+    ranks.check_same({**vars(args), "device": None, "number of examples": len(examples)})
     protocols = PROTOCOLS if args.protocol == "both" else (args.protocol,)
     if "harness" in protocols:
         require_fields(examples, path, ("activity_label",), f"--protocol {args.protocol}")

@@ -10,7 +10,7 @@ train_gpt2.py draws its own run at every evaluation.
 import argparse
 from pathlib import Path
 
-from kit.flags import HelpFormatter
+from kit.flags import HelpFormatter, from_command_line
 
 
 def parse_args(argv=None):
@@ -29,7 +29,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    args = parse_args()
+    args = from_command_line(parse_args)
 
 from kit import curves
 from kit.files import run_script

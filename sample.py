@@ -3,6 +3,7 @@
     python sample.py                                   # the newest checkpoint of log/
     python sample.py -m gpt2 -p "Once upon a time" -n 3
     python sample.py -m log -p @prompt.txt --temperature 0
+    echo "Once upon a time" | python sample.py
 
 Without -p, on a terminal, it asks for prompts until an empty line. There, Ctrl-C stops a text, the arrow keys
 recall earlier prompts, and /temp 0.7, /top_k 50, /top_p 0.9, /tokens 200, /seed 1 change the settings.
@@ -15,7 +16,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from kit.flags import HelpFormatter, integer
+from kit.flags import HelpFormatter, from_command_line, integer
 
 # the commands between two prompts: the setting that each changes, and its type
 COMMANDS = {"temp": ("temperature", float), "top_k": ("top_k", int), "top_p": ("top_p", float),
@@ -47,7 +48,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    args = parse_args()
+    args = from_command_line(parse_args)
 
 import torch
 
@@ -90,13 +91,18 @@ def print_samples(model, tokenizer, prompt, num_samples, max_new_tokens, generat
 
 
 def read_prompt(prompt):
-    """The prompt, or the text of the file that @FILE names."""
-    if prompt is None or not prompt.startswith("@"):
-        return prompt
+    """The prompt, or the text of the file that @FILE names; without one, what is piped into the script.
+
+    The newline with which editors and `echo` end a text is not part of it.
+    """
     try:
-        return Path(prompt[1:]).read_text(encoding="utf-8")
+        if prompt is None:
+            return sys.stdin.read().removesuffix("\n") or PROMPT
+        if prompt.startswith("@"):
+            return Path(prompt[1:]).read_text(encoding="utf-8").removesuffix("\n")
+        return prompt
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"-p {prompt} can't be read as text ({error})") from error
+        raise UserError(f"-p {prompt or 'from a pipe'} can't be read as text ({error})") from error
 
 
 def typed_prompts(settings, generator):
@@ -146,8 +152,8 @@ def main(args):
         check_sampling(torch.zeros(1, 1), **settings)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    prompt = read_prompt(args.prompt)
-    typed = prompt is None and sys.stdin.isatty()
+    typed = args.prompt is None and sys.stdin.isatty()
+    text = None if typed else read_prompt(args.prompt)
     device = pick_device(args.device)
     if args.int8 and device != "cpu":
         raise UserError(f"--int8 runs on the CPU only, not on {device}: add -d cpu, or leave out --int8")
@@ -155,8 +161,7 @@ def main(args):
     if device == "cpu":
         pack(model, args.int8)
     generator = torch.Generator(device).manual_seed(args.seed)
-    prompts = [PROMPT if prompt is None else prompt]
-    for prompt in typed_prompts(settings, generator) if typed else prompts:
+    for prompt in typed_prompts(settings, generator) if typed else [text]:
         tokens, block_size = encode_prompt(prompt, tokenizer).size(1), model.config.block_size
         if tokens > block_size:
             print(f"the prompt has {tokens} tokens: the model reads the last {block_size}", file=sys.stderr)

@@ -14,7 +14,7 @@ from base64 import b64encode
 from pathlib import Path
 
 from kit.files import UserError, atomic_write, run_script
-from kit.flags import HelpFormatter, integer
+from kit.flags import HelpFormatter, from_command_line, integer
 from kit.sources import read_texts
 
 END_OF_TEXT = "<|endoftext|>"  # precedes each document; the only special token
@@ -180,4 +180,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, from_command_line(parse_args))

@@ -12,7 +12,7 @@ continues it, on a CPU in the same bits. `train` is the whole run, in order; its
 import argparse
 
 from kit import recipe
-from kit.flags import HelpFormatter, integer, number, parse_with_configs
+from kit.flags import HelpFormatter, from_command_line, integer, number, parse_with_configs
 
 
 def parse_args(argv=None):
@@ -54,6 +54,8 @@ def parse_args(argv=None):
     add("--keep_every", type=interval, default=0, help="interval of checkpoints that are never removed")
     add("--skip_bad_steps", type=interval, default=0,
         help="how many steps whose loss or gradient is not finite are skipped before the run stops")
+    add("--stop_on_divergence", action="store_true",
+        help="stop if the smoothed training loss rises far above its minimum (default: a warning)")
     add("--plot", action=switch, default=True, help="draw log_dir/curves.png at each evaluation")
     add("--track", choices=("wandb", "trackio", "tensorboard"), help="also send the numbers of log.txt there")
     args = parse_with_configs(parser, argv)
@@ -67,7 +69,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    args = parse_args()
+    args = from_command_line(parse_args)
 
 import contextlib
 import math
@@ -89,7 +91,8 @@ import hellaswag
 from checkpoint import Progress
 from kit import shards
 from kit.device import Precision, compile_model, name_of, to_device, tune
-from kit.files import UNUSABLE_PATH, UserError, first_line, run_script
+from kit.divergence import NOT_FINITE, skip_or_stop, watch_loss
+from kit.files import UNUSABLE_PATH, UserError, first_line, run_script, unbreakable_output
 from kit.ranks import Ranks, StopRequested, StopSignal, explain_lost_rank
 from kit.report import Report
 from kit.run import Run
@@ -98,8 +101,6 @@ from kit.validation import Validation
 from model import GPT, GPT2_TOKENS, GPTConfig
 from sample import print_samples
 from tokenizer import get_tokenizer
-
-NOT_FINITE = "Use --resume with --skip_bad_steps or --dtype float32, or start again with a lower --max_lr"
 
 
 class DataLoaderLite:
@@ -280,8 +281,15 @@ def open_model(args, config, data, identity, run, ranks):
         newest = checkpoint.find_for_resume(run.log_dir, ranks)
     if newest:
         model, meta = checkpoint.load(newest, ranks.device)
-        changes = recipe.check_identity(meta.get("identity", {}), identity, args.allow_change, run.log_dir)
-        ranks.say(*(f"changed: {change}" for change in changes), f"resuming {newest} at step {meta['step']}")
+        step, before = meta["step"], meta.get("identity", {})
+        changes = recipe.check_identity(before, identity, args.allow_change, run.log_dir)
+        if step > args.max_steps:
+            raise UserError(f"--max_steps {args.max_steps}: {newest} is already at step {step}")
+        schedules = argparse.Namespace(**recipe.identity_of(before)), args
+        rates = [f"{get_lr(step, schedule):.2e}" for schedule in schedules]
+        if rates[0] != rates[1]:
+            changes.append(f"learning rate at step {step} {rates[0]} -> {rates[1]}")
+        ranks.say(*(f"changed: {change}" for change in changes), f"resuming {newest} at step {step}")
     elif args.init_from:
         model = load_init(args, data)
         shape = ", ".join(f"{name} {getattr(model.config, name)}" for name in recipe.SHAPE)
@@ -313,6 +321,14 @@ def load_init(args, data):
             raise UserError(f"--data_dir {args.data_dir}: its tokenizer is not the one of {args.init_from}")
     config = replace(model.config, num_tokens=data.num_tokens, dropout=args.dropout)
     return GPT.from_state(config, model.state_dict())  # rebuilt, because its layers contain the dropout
+
+
+def check_ranks(args, data, identity, meta, ranks):
+    """Raise UserError if a rank has other flags, data or another checkpoint, as on a machine of its own."""
+    flags = {f"--{name}": value for name, value in vars(args).items() if name not in ("device", "log_dir")}
+    weights = meta.get("files", {}).get("model.safetensors", {}).get("digest")
+    ranks.check_same({**flags, "start step": meta.get("step", 0), "weights": weights, **identity,
+                      "HellaSwag examples": len(data.examples or ())})
 
 
 def open_optimizer(args, raw_model, newest, meta, precision, ranks):
@@ -427,42 +443,18 @@ class Saver:
         self.ranks.say(f"step {progress.step}: saved {path}")
 
 
-def skip_or_stop(progress, loss, norm, args, data, raw_model, precision, run, ranks):
-    """Skip a step whose loss or gradient is not finite; end the run once --skip_bad_steps are used up."""
-    progress.skipped += 1
-    found = ranks.gather(find_bad_window(progress.step, args, data, raw_model, precision, ranks))
-    description = f"step {progress.step} has loss {loss} and gradient norm {norm}; " + (
-        "; ".join(found) or "computed again one by one, all of its sequences are finite")
-    if progress.skipped > args.skip_bad_steps:
-        if found:  # it would happen again: the user has to decide
-            raise UserError(f"{description}. {NOT_FINITE}")
-        sys.exit(f"error: {description}. A hardware fault? Continue with --resume")
-    run.log(progress.step, skipped=progress.skipped)
-    ranks.say(f"skipped: {description}")
-
-
-def find_bad_window(step, args, data, raw_model, precision, ranks):
-    """The place of this rank's first window whose loss or gradient is not finite, as text; or None.
-
-    Each window of the step is computed again, alone.
-    """
-    count = args.total_batch_size // args.sequence_length  # windows of a step
-    for i in range(count):
-        if i // args.micro_batch_size % ranks.world_size != ranks.rank:
-            continue
-        raw_model.zero_grad()
-        x, y = (to_device(tokens, ranks.device) for tokens in data.train.batch(step * count + i, 1))
-        with precision.autocast:
-            _, loss = raw_model(x, y)
-        loss.backward()
-        if not all(value.isfinite().all() for value in (loss, *(p.grad for p in raw_model.parameters()))):
-            path, _, start = data.train.place(step * count + i)
-            return f"rank {ranks.rank}: loss {loss.item()} at offset {start} of {path}"
-
-
-def say_what_is_next(args, ranks):
-    ranks.say(f"finished. Now: python sample.py -m {args.log_dir} -p {shlex.quote(args.sample_prompt)}")
-    ranks.say(f"               python hellaswag.py -m {args.log_dir}")
+def say_what_is_next(args, data, ranks):
+    """Recommend commands that work with what the run has left."""
+    if not (args.val_every or args.save_every or args.keep_every):
+        ranks.say("finished; nothing was saved, because --val_every and --save_every are 0")
+        return
+    log_dir, prompt = shlex.quote(args.log_dir), shlex.quote(args.sample_prompt)
+    ranks.say("finished")
+    if data.tokenizer:
+        ranks.say(f"next: python sample.py -m {log_dir} -p {prompt}")
+    if data.examples:
+        local = f" --data {shlex.quote(args.hellaswag_data)}" if args.hellaswag_data else ""
+        ranks.say(f"      python hellaswag.py -m {log_dir}{local}")
     if args.demo_data:
         ranks.say("the real thing: python fineweb_edu.py && "
                   "torchrun --standalone --nproc_per_node=8 train_gpt2.py")
@@ -480,6 +472,7 @@ def train(args, at_exit):
     data = open_data(args, ranks)
     identity = recipe.identity_of(vars(args)) | data.identity
     raw_model, newest, meta = open_model(args, config, data, identity, run, ranks)
+    check_ranks(args, data, identity, meta, ranks)
     precision = Precision(ranks.device, args.dtype)
     optimizer = open_optimizer(args, raw_model, newest, meta, precision, ranks)
     validation = Validation(data.val, data.val_windows, precision, ranks, args.val_every and data.tokenizer)
@@ -546,15 +539,16 @@ def train(args, at_exit):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             # in fp16 an infinite norm is normal: the scaler skips the step and continues with a smaller scale
-            finite = math.isfinite(loss) and (math.isfinite(norm) or precision.scaler.is_enabled())
+            finite = math.isfinite(loss) and (math.isfinite(norm) or precision.scaler.get_scale() > 1)
             if finite:
                 precision.scaler.step(optimizer)
             else:
-                skip_or_stop(progress, loss, norm, args, data, raw_model, precision, run, ranks)
+                skip_or_stop(progress, loss, norm, args, data.train, raw_model, precision, run, ranks)
             precision.scaler.update()
             optimizer.zero_grad()
             if finite:
                 report.step(step, loss, lr, norm, seconds=time.perf_counter() - started)
+                watch_loss(progress, loss, args, data.num_tokens, ranks)
     except StopRequested as request:
         if progress.step > start_step or not newest:  # a resumed run repeats the unfinished step
             saver.save(f"ckpt_{progress.step:06d}", progress, optimizer)
@@ -564,7 +558,7 @@ def train(args, at_exit):
         sys.exit(128 + number)
     ranks.leave()
     if not args.eval_only:
-        say_what_is_next(args, ranks)
+        say_what_is_next(args, data, ranks)
 
 
 @contextlib.contextmanager
@@ -575,7 +569,7 @@ def explain_errors(args):
     except torch.OutOfMemoryError as error:
         raise UserError("out of memory: halve --micro_batch_size; results are unchanged") from error
     except OSError as error:
-        if isinstance(error, BrokenPipeError) or error.errno in UNUSABLE_PATH:
+        if error.errno in UNUSABLE_PATH:
             raise
         sys.exit(f"error: {error}. All checkpoints so far are complete: fix this, and continue with --resume")
     except RuntimeError as error:
@@ -587,7 +581,7 @@ def explain_errors(args):
 
 def main(args):
     """Train, or with --eval_only evaluate: a run of no steps whose log directory is temporary."""
-    with contextlib.ExitStack() as at_exit, explain_errors(args):
+    with unbreakable_output(), contextlib.ExitStack() as at_exit, explain_errors(args):
         if args.eval_only:
             source = args.init_from or str(checkpoint.resolve(args.log_dir))
             log_dir = at_exit.enter_context(tempfile.TemporaryDirectory())

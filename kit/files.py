@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import shutil
@@ -22,13 +23,21 @@ UNUSABLE_PATH = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.
                  errno.ENAMETOOLONG)
 
 
+# errors of a call that a file system (SMB, exFAT, NFS, FUSE, ...) does not offer
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY)
+
+
 def run_script(main, args):
     """Call main(args) and turn expected failures into one line on stderr and an exit status.
 
     Status 2: a mistake of the user's (UserError, or a path that can't be used). Status 1: the system failed,
     for example on a full disk. Status 130: Ctrl-C.
     """
-    sys.stdout.reconfigure(errors="replace")  # characters that the terminal can't show become "?"
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed, as by `>&-`: the next file opened would take its place
+            setattr(sys, name, open(os.devnull, "w" if descriptor else "r"))
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has none
+        sys.stdout.reconfigure(errors="replace")  # characters that the terminal can't show become "?"
     try:
         main(args)
     except KeyboardInterrupt:
@@ -37,10 +46,52 @@ def run_script(main, args):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ.get("RANK", "") not in ("", "0"):
             time.sleep(3)  # all ranks find most mistakes: rank 0 prints, then torchrun ends the others
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)  # a path may hold line breaks
+        message = " ".join(str(error).splitlines())  # a path may hold line breaks
+        print("error:", message, file=Unbreakable(sys.stderr), flush=True)
         sys.exit(2 if isinstance(error, UserError) or error.errno in UNUSABLE_PATH else 1)
+
+
+class Unbreakable:
+    """A text stream that drops what can't be written, for example because the terminal was closed."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.drop()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self.drop()
+
+    def drop(self):
+        """Send this and all further output to the null device; what is buffered goes there too."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a notebook's stream has no descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def unbreakable_output():
+    """Output that fails (a closed terminal, `| tee` after Ctrl-C, a full disk) does not end the body."""
+    with contextlib.redirect_stdout(Unbreakable(sys.stdout)), \
+            contextlib.redirect_stderr(Unbreakable(sys.stderr)):
+        yield
+
+
+@functools.cache  # each message once
+def warn_once(message):
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def first_line(error):
@@ -95,7 +146,7 @@ def atomic_write(path, mode="w"):
 def publish(file, path):
     """Rename an open file, written at `temporary_path(path)`, to `path`, after it has reached the disk."""
     file.flush()
-    os.fsync(file.fileno())
+    sync(file.name)
     os.replace(file.name, path)
     sync(path.parent)
 
@@ -107,7 +158,8 @@ def drop_cached_pages(file):
     """
     file.flush()
     if hasattr(os, "posix_fadvise"):  # Linux starts writing, and drops the pages that are already written
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # not every file system takes advice
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def fetch(url, path, check, remedy):
@@ -144,25 +196,33 @@ def read_url(url, file):
 
 
 @contextlib.contextmanager
-def locked(directory):
+def locked(directory, wait=False):
     """Create a directory and lock it against other writers for the duration of the body.
 
-    The kernel holds the lock, so it ends with the process. A directory that is still empty afterwards is
-    removed if it is new. Raises UserError if the directory is locked already or can't be written.
+    The kernel holds the lock, so it ends with the process. wait: until another process unlocks the directory.
+    A directory that is still empty afterwards is removed if it is new. Raises UserError if the directory is
+    locked already, unless it waits, or can't be written.
     """
     from filelock import FileLock, Timeout
 
     directory = Path(directory)
     new = not directory.exists()
-    lock = FileLock(directory / ".lock", blocking=False)
+    # without fallback: a lock that is a file would outlive a killed process
+    lock = FileLock(directory / ".lock", blocking=False, fallback_to_soft=False)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"{directory} is in use by another process: wait until it ends, "
-                        "or choose another directory") from None
-    except OSError as error:
-        raise UserError(f"{directory} can't be written ({error})") from error
+        try:
+            lock.acquire()
+        except Timeout:
+            if not wait:
+                raise UserError(f"{directory} is in use by another process: wait until it ends, "
+                                "or choose another directory") from None
+            print(f"{directory} is in use by another process: waiting until it ends", flush=True)
+            lock.acquire(blocking=True)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+            raise UserError(f"{directory} can't be written ({error})") from error
+        warn_once(f"the file system of {directory} has no locks: nothing keeps two runs in it apart")
     try:
         yield
     finally:
@@ -177,6 +237,11 @@ def sync(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            warn_once(f"the file system of {Path(path).parent} can't wait for the disk: a power failure may "
+                      "cost the newest files")
         finally:
             os.close(descriptor)
 
@@ -195,4 +260,5 @@ def share_tensors(directory):
     safetensors 0.8 makes them private: https://github.com/safetensors/safetensors/issues/782
     """
     for path in directory.glob("*.safetensors"):
-        shutil.copymode(next(directory.glob("*.json")), path)
+        with contextlib.suppress(OSError):  # a file system without permissions (exFAT, SMB) has none to copy
+            shutil.copymode(next(directory.glob("*.json")), path)

@@ -3,6 +3,7 @@
 import argparse
 import math
 import shlex
+import sys
 
 
 def integer(least=-(2**63), most=2**63 - 1):
@@ -37,6 +38,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False or action.default == ()
         return action.help if silent or "(default:" in action.help else super()._get_help_string(action)
+
+
+def from_command_line(parse_args):
+    """parse_args() of a script; from now on Ctrl-C, also during its imports, prints no traceback."""
+    previous = sys.excepthook
+
+    def hook(kind, *rest):
+        if kind is not KeyboardInterrupt:
+            previous(kind, *rest)
+
+    sys.excepthook = hook
+    return parse_args()
 
 
 def parse_with_configs(parser, argv=None):

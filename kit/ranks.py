@@ -5,6 +5,8 @@ import datetime
 import os
 import re
 import signal
+import socket
+import threading
 import time
 
 import torch
@@ -12,8 +14,11 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from kit.device import pick_device
-from kit.files import first_line
+from kit.files import UserError, first_line
 
+# torchrun sets these
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LONGEST_WAIT = datetime.timedelta(days=7)  # for another rank's downloads, checks and saves
 LOST_RANK = re.compile("by peer|[Tt]imed out|Broken pipe")  # gloo's words for a rank that died or hangs
 
 
@@ -27,10 +32,15 @@ class Ranks:
     def __init__(self, device=None, timeout=600.0):
         """Join the process group. timeout: seconds after which a rank that does not answer counts as lost.
 
-        Raises UserError if the device is not available.
+        `barrier` does not count them, because rank 0 may be busy with files. Raises UserError if the device
+        is not available, and for an incomplete environment.
         """
         self.device = pick_device(device)
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world_size = integer_variable("RANK", 0), integer_variable("WORLD_SIZE", 1)
+        missing = [name for name in VARIABLES if not os.environ.get(name)]
+        if self.distributed and missing:
+            raise UserError(f"WORLD_SIZE is {self.world_size}, but {', '.join(missing)} is not set: "
+                            "start the ranks with torchrun, or unset WORLD_SIZE")
         if self.distributed and self.device == "cuda":
             self.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         if self.device.startswith("cuda:"):
@@ -45,6 +55,7 @@ class Ranks:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size,
                                     timeout=timeout)
             self.control = dist.new_group(backend="gloo", timeout=timeout)
+            self.patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
     @property
     def distributed(self):
@@ -76,6 +87,14 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.control)
         return [value for value in values if value is not None]
 
+    def check_same(self, facts):
+        """Raise UserError, on all ranks, if a rank's facts (a dict) differ from those of rank 0."""
+        first, *others = self.gather((self.rank, socket.gethostname(), facts))
+        for rank, host, found in others:
+            for name in (name for name in first[2] if found.get(name) != first[2][name]):
+                raise UserError(f"rank {rank} on {host} has {name} {found.get(name)}, rank 0 on {first[1]} "
+                                f"has {first[2][name]}: all ranks need the same flags and files")
+
     def sum(self, tensor):
         """The sum of all ranks' tensors, on the CPU."""
         tensor = tensor.cpu()
@@ -91,9 +110,9 @@ class Ranks:
         return tensor
 
     def barrier(self):
-        """Wait for all ranks."""
+        """Wait for all ranks, however long they take. One that dies is noticed."""
         if self.distributed:
-            dist.barrier(group=self.control)
+            dist.barrier(group=self.patient)
 
     @contextlib.contextmanager
     def first_goes_ahead(self):
@@ -116,19 +135,27 @@ class StopRequested(Exception):
 
 
 class StopSignal:
-    """A context that notes SIGTERM and Ctrl-C; `check` raises StopRequested on all ranks together.
+    """A context that notes signals to stop; `check` raises StopRequested on all ranks together.
 
-    torchrun and schedulers send the signal several times, also to ranks that already have it, so repeats are
-    ignored. A second Ctrl-C more than three seconds after the first one ends the process at once.
+    They are SIGTERM, Ctrl-C, SIGHUP (a closed terminal) and SIGUSR1 (Slurm's warning before its time limit).
+    A signal that is ignored from the start, such as SIGHUP under nohup, stays ignored. torchrun and
+    schedulers send a signal several times, also to ranks that already have it, so repeats are ignored. A
+    second Ctrl-C more than three seconds after the first one ends the process at once.
     """
+
+    SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # Windows lacks the last two
 
     def __init__(self, ranks):
         self.ranks = ranks
         self.number, self.received_at, self.old_handlers = 0, 0.0, {}
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.old_handlers[number] = signal.signal(number, self.on_signal)
+        numbers = [getattr(signal, name) for name in self.SIGNALS if hasattr(signal, name)]
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []  # only the main thread may handle signals
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.old_handlers[number] = signal.signal(number, self.on_signal)
         return self
 
     def on_signal(self, number, frame):
@@ -145,14 +172,23 @@ class StopSignal:
 
     def __exit__(self, *_):
         for number, handler in self.old_handlers.items():
-            # schedulers may repeat SIGTERM until the process is gone: all is saved, so let it exit in order
-            ignored = self.number and number == signal.SIGTERM
+            # schedulers may repeat a signal until the process is gone: all is saved, so let it exit in order
+            ignored = self.number and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if ignored else handler)
+
+
+def integer_variable(name, default):
+    """An environment variable as an int; default if it is unset or empty. Raises UserError."""
+    value = os.environ.get(name) or default
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"the environment variable {name} is {value!r}, not a number: unset it") from None
 
 
 def explain_lost_rank(error, timeout):
     """One sentence if a RuntimeError means that another rank died or hangs, else None. timeout: seconds."""
-    distributed = "RANK" in os.environ
+    distributed = bool(os.environ.get("RANK"))
     if not distributed or not isinstance(error, dist.DistError) and not LOST_RANK.search(str(error)):
         return None
     return (f"rank {os.environ.get('RANK')} has lost another rank, which died or did not answer for "

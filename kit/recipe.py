@@ -80,10 +80,14 @@ def check_identity(before, now, allowed, log_dir):
     before = {**identity_of(before), **before}
     changes = {key: f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items()
                if before.get(key) != value}
+    if "data" in changes:  # two digests would say nothing
+        changes["data"] = "the data, which are other shards than before"
     if changes.keys() - set(allowed):
         remedy = "use another --log_dir"
         if changes.keys() <= set(CHANGEABLE):
             remedy = f"--allow_change {' '.join(changes)} overrides this check"
+        elif "data" in changes:
+            remedy = f"to train its model on other data, use --init_from {log_dir} and another --log_dir"
         raise UserError(f"--resume would change the run in {log_dir}: {', '.join(changes.values())}; "
                         + remedy)
     return list(changes.values())

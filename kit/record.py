@@ -26,8 +26,8 @@ def append_log(log_dir, step, values):
 def read_log(log_dir):
     """The lines of log.txt as (step, stream, value, the line itself), in order; none if there is no file.
 
-    An unfinished last line is left out: a crash cut it short, or a run is writing it. Raises UserError for
-    any other invalid line.
+    Blank lines are left out, and an unfinished last line: a crash cut it short, or a run is writing it.
+    Raises UserError for any other invalid line.
     """
     path = log_path(log_dir)
     try:
@@ -38,6 +38,8 @@ def read_log(log_dir):
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith("\n"):
             break
+        if not line.strip():
+            continue
         try:
             step, stream, value = line.split()
             if not 0 <= int(step) < 2**63:
@@ -81,6 +83,12 @@ def read_record(log_dir):
         return {"flags": {}, "data_source": {}, "starts": []}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}); remove it, training does not need it") from error
+
+
+def is_run(log_dir):
+    """Whether a directory contains a run of this program: its run.json or a checkpoint. Raises UserError."""
+    checkpoints = (*Path(log_dir).glob("ckpt_*/meta.json"), *Path(log_dir).glob("best/meta.json"))
+    return bool(read_record(log_dir)["starts"] or checkpoints)
 
 
 def record_start(log_dir, resumed, **start):

@@ -12,6 +12,8 @@ from kit import curves, record, reference, tracking
 from kit.files import UserError, locked, sync
 from kit.ranks import restarted_by_torchrun, torchrun_id
 
+# what a run writes into its log directory, beside the trackers' own files
+FILES = ("log.txt", "run.json", "curves.png", "best", "ckpt_*")
 REFERENCE_STEPS = (250, 1000, 5000)  # the val loss is compared with reference runs after these steps
 
 
@@ -25,7 +27,8 @@ class Run(contextlib.ExitStack):
     def __init__(self, log_dir, ranks, resume=False, track=None, plot=False):
         """Lock the directory. track: a tracker's name. plot: whether `report` draws log_dir/curves.png.
 
-        Raises UserError if the directory is in use, can't be written, or contains a run that is not resumed.
+        Raises UserError if the directory is in use, can't be written, contains a run that is not resumed, or
+        contains files of another program that the run would overwrite.
         """
         super().__init__()
         self.log_dir, self.ranks, self.track, self.plot = Path(log_dir), ranks, track, plot
@@ -38,8 +41,12 @@ class Run(contextlib.ExitStack):
         restarted = (ranks.is_first and restarted_by_torchrun()
                      and record.read_record(log_dir).get("torchrun") == torchrun_id())
         self.resuming = bool(ranks.max(resume or restarted))
-        used = list(self.log_dir.glob("ckpt_*")) or self.log_file.exists() and self.log_file.stat().st_size
-        if used and not self.resuming:
+        found = [path for name in FILES for path in self.log_dir.glob(name)
+                 if path.is_dir() or path.stat().st_size]
+        if found and not record.is_run(log_dir):
+            raise UserError(f"--log_dir {log_dir} contains a {found[0].name} of another program, which this "
+                            "run would overwrite: name another directory")
+        if found and not self.resuming:
             raise UserError(f"--log_dir {log_dir} already contains a run: continue it with --resume, "
                             "or name another directory")
         if track and ranks.is_first:

@@ -178,6 +178,18 @@ def without_vocabulary():
     patch(train_gpt2, "get_tokenizer", no_network)
 
 
+def failing(owner, name, number, when=lambda *_: True):
+    """Each call of owner.name for which when(*its arguments) is true fails with this error number."""
+    real = getattr(owner, name)
+
+    def faulty(*args, **kwargs):
+        if when(*args):
+            raise OSError(number, os.strerror(number))
+        return real(*args, **kwargs)
+
+    patch(owner, name, faulty)
+
+
 # -------------------------------------------------------------------------------------- points of a save
 
 

@@ -194,3 +194,12 @@ def assert_same_end(log_dir, whole):
     for name in (checkpoint.numbered(whole.log_dir)[0].name, "best"):
         assert weights(log_dir, name) == weights(whole.log_dir, name)
         assert checkpoint.read_meta(log_dir / name) == checkpoint.read_meta(whole.log_dir / name)
+
+
+def names_of(log_dir):
+    """The numbered checkpoints, the newest first."""
+    return [path.name for path in checkpoint.numbered(log_dir)]
+
+
+def assert_finite(model):
+    assert all(p.isfinite().all() for p in model.parameters())

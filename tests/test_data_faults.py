@@ -1,6 +1,6 @@
 """Faults in the data: damaged shards and HellaSwag files, killed preparations, servers that are busy or lie.
 
-The README's table lists them.
+docs/reliability.md lists them.
 """
 
 import gzip

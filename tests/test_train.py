@@ -4,12 +4,10 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import make
 import pytest
@@ -24,9 +22,7 @@ from runs import (
     read_log,
     run_here,
     run_script,
-    start_script,
     train,
-    wait_for_line,
     weights,
 )
 
@@ -70,25 +66,6 @@ def test_validation_is_the_mean_over_a_fixed_text(shards, whole):
     size = sum(len(tokenizer.decode_bytes([i])) for w in windows for i in w[1:] if i != tokenizer.eot_token)
     bits = sum(losses) * 32 / math.log(2) / size
     assert float(log[12, "val_bpb"]) == pytest.approx(bits, abs=1e-5)
-
-
-@pytest.mark.parametrize("number, after", [(signal.SIGTERM, 2), (signal.SIGINT, 3)],
-                         ids=["SIGTERM", "SIGINT"])
-def test_a_stop_signal_saves_and_exits(shards, whole, tmp_path, number, after):
-    process = start_script("train_gpt2.py", *flags_of(shards, tmp_path / "log"))
-    wait_for_line(process, f"step {after:5d} |")
-    process.send_signal(number)
-    time.sleep(0.01)
-    process.send_signal(number)  # torchrun and schedulers send it again: that is not another request
-    while number == signal.SIGTERM and process.poll() is None:
-        time.sleep(0.01)
-        process.send_signal(number)
-    rest = process.stdout.read()
-    assert process.wait() == 128 + number, rest
-    step = int(re.search(r"stopped by SIG\w+ before step (\d+)", rest)[1])
-    assert step > after and checkpoint.numbered(tmp_path / "log")[0].name == f"ckpt_{step:06d}"
-    train(shards, tmp_path / "log", "--resume")
-    assert_same_end(tmp_path / "log", whole)
 
 
 @pytest.mark.parametrize("step", [3, 11])

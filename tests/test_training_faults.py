@@ -1,9 +1,11 @@
 """Faults in training runs: a process is killed, stopped or hangs, a checkpoint is damaged, the disk is full.
 
-Each fault hits a small run, and the test looks at what is left. The README's table lists them.
+Each fault hits a small run, and the test looks at what is left. docs/reliability.md lists them.
 `python -m pytest -m slow -k faults` runs the longer forms.
 """
 
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -11,6 +13,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -21,6 +24,7 @@ import pytest
 from runs import (
     ENDLESS,
     ROOT,
+    TINY,
     Run,
     assert_close,
     assert_refused,
@@ -29,6 +33,7 @@ from runs import (
     environment,
     flags_of,
     kill_all,
+    names_of,
     ranks_of,
     read_log,
     run_here,
@@ -41,23 +46,15 @@ from runs import (
 
 import checkpoint
 import train_gpt2
+from fineweb_edu import prepare
 from kit import files
 from kit.files import UserError
-from train_gpt2 import DataLoaderLite
+from train_gpt2 import get_lr, parse_args
 
 
 def starts_of(log_dir):
     """How often a run was started, by its record."""
     return len(json.loads((log_dir / "run.json").read_text())["starts"])
-
-
-def names_of(log_dir):
-    """The numbered checkpoints, the newest first."""
-    return [path.name for path in checkpoint.numbered(log_dir)]
-
-
-def assert_finite(model):
-    assert all(p.isfinite().all() for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------------ killed, stopped, hung
@@ -240,9 +237,9 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(shards, tmp_path, othe
     kill_all(process)  # torchrun itself waits 30 seconds for a process that does not answer
 
 
-def test_the_readmes_loop_for_machines_that_may_go_away(shards, whole, tmp_path):
-    """The loop is run as the README prints it, and its python is killed three times."""
-    loop = re.search(r"^until .*train_gpt2.py.*done$", (ROOT / "README.md").read_text(), re.MULTILINE)[0]
+def test_the_loop_for_machines_that_may_go_away(shards, whole, tmp_path):
+    """The loop is run as docs/reliability.md prints it, and its python is killed three times."""
+    loop = re.search(r"^until .*train_gpt2.py.*done$", (ROOT / "docs/reliability.md").read_text(), re.MULTILINE)[0]
     flags = " ".join(map(str, flags_of(shards, tmp_path / "log")))
     loop = loop.replace("python train_gpt2.py", f"{sys.executable} train_gpt2.py {flags}")
     process = subprocess.Popen(["bash", "-c", loop.replace("sleep 5", "sleep 0.1")], cwd=ROOT, text=True,
@@ -321,47 +318,6 @@ def test_a_checkpoint_that_can_not_be_deleted_does_not_stop_the_run(shards, tmp_
     assert checkpoint.load(tmp_path / "log" / "best")[1]["step"] == 6
 
 
-# --------------------------------------------------------------------------------------- steps not finite
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_on_one_rank_is_located(shards, tmp_path, what):
-    """One sequence, which rank 1 reads in step 5, is at fault: the error names rank, shard and offset."""
-    loader = DataLoaderLite(4, 32, data_dir=shards)
-    sequence = 5 * 8 + 4 + 2  # eight sequences a step; after the four of rank 0, the third one
-    path, _, offset = loader.place(sequence)
-    fault = f'not_finite({loader.window(sequence)[:-1].tolist()}, "{what}")'
-    flags = flags_of(shards, tmp_path / "log", "--val_every", 0, "--save_every", 1)
-    process = run_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault, check=False)
-    assert process.returncode == 1
-    words = rf"error: step 5 has .*nan; rank 1: loss .* at offset {offset} of {re.escape(str(path))}"
-    assert re.search(words, process.stderr), process.stderr
-    assert names_of(tmp_path / "log") == ["ckpt_000005", "ckpt_000004"]
-    assert_finite(checkpoint.load_model(tmp_path / "log"))
-
-    if what == "gradient":  # from here on there is no difference
-        return
-    skip = ["--skip_bad_steps", 1]
-    process = run_script("torchrun", 2, "train_gpt2.py", *flags, "--resume", *skip, fault=fault)
-    assert "skipped: step 5" in process.stdout
-    log = read_log(tmp_path / "log")
-    assert float(log[5, "skipped"]) == 1 and (5, "train") not in log and (11, "train") in log
-    assert checkpoint.read_meta(tmp_path / "log" / "ckpt_000012")["skipped"] == 1
-    flags = flags_of(shards, tmp_path / "one", "--val_every", 0, "--save_every", 1, *skip)
-    run_script("train_gpt2.py", *flags, fault=fault)
-    assert_close(read_log(tmp_path / "one"), log)
-
-
-@pytest.mark.parametrize("save_every", [1, 4])
-def test_a_run_that_diverges_stops_and_saves_only_finite_weights(shards, tmp_path, save_every):
-    flags = ["--max_lr", "1e30", "--warmup_steps", 0, "--save_every", save_every, "--val_every", 1]
-    process = run_here(train_gpt2, *flags_of(shards, tmp_path / "log", *flags))
-    assert_refused(process, "not finite" if "not finite" in process.stderr else "nan", "--max_lr")
-    assert re.search(r"step \d+ .*(nan|inf|not finite)", process.stderr)
-    for path in checkpoint.numbered(tmp_path / "log"):
-        assert_finite(checkpoint.load(path)[0])
-
-
 # -------------------------------------------------------------------------- the disk and other processes
 
 
@@ -382,6 +338,63 @@ def test_a_full_disk_ends_the_run_in_one_line(shards, whole, tmp_path, full_at):
     checkpoint.load(log_dir / "best")
     train(shards, log_dir, "--resume")
     assert_same_end(log_dir, whole)
+
+
+@pytest.mark.parametrize("name", ["log.txt", "curves.png", "run.json", "best/model.bin", "ckpt_000001/x"])
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["new", "resumed"])
+def test_files_of_another_program_are_never_touched(shards, tmp_path, name, resume):
+    path = tmp_path / "log" / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"step": 0}')
+    process = run_here(train_gpt2, *flags_of(shards, tmp_path / "log", *resume))
+    assert_refused(process, f"a {name.partition('/')[0]} of another program", tmp_path / "log")
+    assert path.read_text() == '{"step": 0}'
+    assert {path.name for path in (tmp_path / "log").iterdir()} == {name.partition("/")[0], ".lock"}
+
+
+def test_a_run_whose_run_json_was_removed_resumes(shards, whole, tmp_path):
+    log_dir = copy_run(whole.log_dir, tmp_path / "log", without="ckpt_000012")
+    (log_dir / "run.json").unlink()
+    train(shards, log_dir, "--resume")
+    assert_same_end(log_dir, whole)
+
+
+def is_directory(descriptor):
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+@pytest.mark.parametrize("fault, words", [
+    ((fcntl, "flock", errno.ENOLCK), "has no locks"),
+    ((fcntl, "flock", errno.EOPNOTSUPP), "has no locks"),
+    ((fcntl, "flock", errno.ENOSYS), "has no locks"),
+    ((os, "fsync", errno.EINVAL, is_directory), "power failure"),
+    ((os, "fsync", errno.ENOTSUP), "power failure"),
+    ((os, "chmod", errno.EPERM), None),
+    ((os, "chmod", errno.ENOTSUP), None),
+    ((os, "posix_fadvise", errno.EINVAL), None),
+], ids=lambda value: " ".join([value[1], errno.errorcode[value[2]]]) if isinstance(value, tuple) else "")
+def test_a_simple_file_system_is_enough(shards, whole, learned, texts, tmp_path, faults, capsys, fault,
+                                        words):
+    """What it can't do is said once, data and run are the same."""
+    source = make.write_jsonl(tmp_path / "topics.jsonl", texts)
+    with faults.put_in():
+        faults.failing(*fault)
+        prepare([str(source)], tmp_path / "data", {"files": "topics"}, learned, shard_size=50_000,
+                val_tokens=10_000)
+        train(shards, tmp_path / "log")
+    assert_same_end(tmp_path / "log", whole)
+    assert files.digest(tmp_path / "data" / "manifest.json") == files.digest(shards / "manifest.json")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == len(set(warnings)) and all(words in line for line in warnings)
+    assert bool(warnings) == bool(words)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_fails_is_an_error(shards, tmp_path, faults, number):
+    faults.failing(os, "fsync", number)
+    process = run_here(train_gpt2, *flags_of(shards, tmp_path / "log"))
+    assert (process.returncode, process.stderr.count("\n")) == (1, 1), process.stderr
+    assert process.stderr.startswith(f"error: [Errno {number}]")
 
 
 def test_a_log_directory_that_can_not_be_written_is_refused(shards, tmp_path):
@@ -424,8 +437,28 @@ def test_a_resume_that_would_be_another_run_is_refused(shards, whole, tmp_path, 
 
 def test_a_resume_on_other_data_is_refused(shards, whole, tmp_path):
     other = make.copy_shards(shards, tmp_path / "data", manifest=False)
-    with pytest.raises(UserError, match="data '.* -> 'unverified.*; use another --log_dir"):
+    with pytest.raises(UserError, match=f"the data, .*other shards.*: --init_from {whole.log_dir} "):
         train(shards, whole.log_dir, "--resume", "--data_dir", other)
+
+
+def test_a_resume_beyond_the_last_step_is_refused(shards, whole):
+    with pytest.raises(UserError, match="--max_steps 8: .*ckpt_000012 is already at step 12"):
+        train(shards, whole.log_dir, "--resume", "--max_steps", 8, "--allow_change", "max_steps")
+
+
+def test_a_resume_says_how_the_learning_rate_jumps(shards, whole, tmp_path, capsys):
+    log_dir = copy_run(whole.log_dir, tmp_path / "log", without="ckpt_000012")
+    train(shards, log_dir, "--resume", "--max_steps", 16, "--allow_change", "max_steps")
+    before, now = (get_lr(8, parse_args([*TINY, "--max_steps", steps])) for steps in ("12", "16"))
+    assert f"changed: learning rate at step 8 {before:.2e} -> {now:.2e}" in capsys.readouterr().out
+    assert float(read_log(log_dir)[8, "lr"]) == pytest.approx(now)
+
+
+def test_a_blank_line_in_the_log_does_not_hinder_a_resume(shards, whole, tmp_path):
+    log_dir = copy_run(whole.log_dir, tmp_path / "log", without="ckpt_000012")
+    (log_dir / "log.txt").write_text((log_dir / "log.txt").read_text().replace("\n", "\n\n", 3))
+    train(shards, log_dir, "--resume")
+    assert_same_end(log_dir, whole)
 
 
 def test_a_resume_may_change_what_is_free_and_what_is_allowed(shards, whole, tmp_path):

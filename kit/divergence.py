@@ -1,0 +1,77 @@
+"""Steps that are not finite, and runs that diverge: what is found, said, skipped or ends the run."""
+
+import math
+import sys
+
+import torch
+
+from kit.device import to_device
+from kit.files import UserError
+
+SMOOTHING = 0.98  # of the training loss: a mean over about 50 steps
+RISE = 1.0  # nats above its minimum at which the smoothed loss has diverged
+NOT_FINITE = "Use --resume with --skip_bad_steps or --dtype float32, or start again with a lower --max_lr"
+
+
+def watch_loss(progress, loss, args, num_tokens, ranks):
+    """Update the smoothed training loss of a run, and say once if it has diverged.
+
+    progress: a checkpoint.Progress. num_tokens: ids of the tokenizer; a uniform guess has a loss of ln of it.
+    Raises UserError for a diverged run if --stop_on_divergence is set.
+    """
+    if progress.smoothed is None:
+        progress.smoothed = loss
+    progress.smoothed += (1 - SMOOTHING) * (loss - progress.smoothed)
+    progress.lowest = min(progress.lowest, progress.smoothed)
+    steps_after_warmup, uniform = progress.step - args.warmup_steps, math.log(num_tokens)
+    diverged = steps_after_warmup >= 0 and progress.smoothed > progress.lowest + RISE or (
+        steps_after_warmup >= 50 and progress.smoothed > uniform + RISE / 2)
+    if diverged and not progress.diverged:
+        message = (f"step {progress.step}: the run has diverged: its smoothed training loss is "
+                   f"{progress.smoothed:.2f}, its minimum was {progress.lowest:.2f}, a uniform guess has "
+                   f"{uniform:.2f}. Usual causes: --max_lr too high, --warmup_steps too short, damaged data")
+        if args.stop_on_divergence:
+            raise UserError(f"{message}. Start again with a lower --max_lr, or from {args.log_dir}/best with "
+                            "--init_from and another --log_dir")
+        ranks.say(f"warning: {message}; --stop_on_divergence would have stopped here")
+    progress.diverged = diverged
+
+
+def skip_or_stop(progress, loss, norm, args, loader, raw_model, precision, run, ranks):
+    """Skip a step whose loss or gradient is not finite; end the run once --skip_bad_steps are used up.
+
+    loader: the DataLoaderLite of the step's batch. Raises UserError if the step fails again when it is
+    repeated, else exits with status 1.
+    """
+    progress.skipped += 1
+    found = ranks.gather(find_bad_window(progress.step, args, loader, raw_model, precision, ranks))
+    description = f"step {progress.step} has loss {loss} and gradient norm {norm}; " + (
+        "; ".join(found) or "computed again one by one, all of its sequences are finite")
+    if progress.skipped > args.skip_bad_steps:
+        if found:  # it would happen again: the user has to decide
+            raise UserError(f"{description}. {NOT_FINITE}")
+        sys.exit(f"error: {description}. A hardware fault? Continue with --resume")
+    run.log(progress.step, skipped=progress.skipped)
+    ranks.say(f"skipped: {description}")
+
+
+def find_bad_window(step, args, loader, raw_model, precision, ranks):
+    """The first window that makes this rank's loss or gradient infinite or NaN, as text; or None.
+
+    The windows of the step are computed again, one by one, and their gradients added up: a sum can overflow
+    although each gradient is finite.
+    """
+    count = args.total_batch_size // args.sequence_length  # windows of a step
+    windows = [step * count + i for i in range(count)
+               if i // args.micro_batch_size % ranks.world_size == ranks.rank]
+    raw_model.zero_grad()
+    for n in windows:
+        x, y = (to_device(tokens, ranks.device) for tokens in loader.batch(n, 1))
+        with precision.autocast:
+            _, loss = raw_model(x, y)
+        (loss / len(windows)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), math.inf)
+        if not (loss.isfinite() and norm.isfinite()):
+            path, _, start = loader.place(n)
+            return (f"rank {ranks.rank}: loss {loss.item()}, gradient norm {norm.item()} "
+                    f"at offset {start} of {path}")
