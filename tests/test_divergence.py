@@ -106,14 +106,10 @@ def test_a_loss_far_above_a_uniform_guess_is_said_after_the_warmup():
 
 
 def test_a_run_stops_on_divergence_if_it_is_asked_to(shards, tmp_path):
-    flags = flags_of(shards, tmp_path / "log", "--max_lr", 1, "--warmup_steps", 0, "--max_steps", 40)
-    process = run_here(train_gpt2, *flags, "--stop_on_divergence")
+    flags = ["--max_lr", 1, "--warmup_steps", 0, "--max_steps", 40]
+    process = run_here(train_gpt2, *flags_of(shards, tmp_path / "log", *flags, "--stop_on_divergence"))
     assert_refused(process, "the run has diverged", f"{tmp_path}/log/best", "--init_from")
     step = int(re.search(r"error: step (\d+)", process.stderr)[1])
-    train(shards, tmp_path / "goes_on", *flags[flags.index("--max_lr"):])
-    log = read_log(tmp_path / "goes_on")
-    assert max(log)[0] == 40 and (step, "train") in log
-    # a resumed run remembers the smoothed loss
-    run = tmp_path / "goes_on"
-    metas = [checkpoint.read_meta(path) for path in checkpoint.numbered(run)]
-    assert metas[0]["smoothed"] > metas[0]["lowest"] + 1 and metas[0]["diverged"]
+    assert (step, "train") in train(shards, tmp_path / "goes_on", *flags)
+    meta = checkpoint.read_meta(checkpoint.numbered(tmp_path / "goes_on")[0])  # a resumed run remembers it
+    assert meta["step"] == 40 and meta["diverged"] and meta["smoothed"] > meta["lowest"] + 1
