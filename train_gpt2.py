@@ -323,14 +323,6 @@ def load_init(args, data):
     return GPT.from_state(config, model.state_dict())  # rebuilt, because its layers contain the dropout
 
 
-def check_ranks(args, data, identity, meta, ranks):
-    """Raise UserError if a rank has other flags, data or another checkpoint, as on a machine of its own."""
-    flags = {f"--{name}": value for name, value in vars(args).items() if name not in ("device", "log_dir")}
-    weights = meta.get("files", {}).get("model.safetensors", {}).get("digest")
-    ranks.check_same({**flags, "start step": meta.get("step", 0), "weights": weights, **identity,
-                      "HellaSwag examples": len(data.examples or ())})
-
-
 def open_optimizer(args, raw_model, newest, meta, precision, ranks):
     """The optimizer. It and the gradient scaler of `precision` continue from the checkpoint, if any."""
     optimizer = raw_model.configure_optimizers(args.weight_decay, args.max_lr, ranks.device)
@@ -466,13 +458,18 @@ def say_what_is_next(args, data, ranks):
 def train(args, at_exit):
     """Train as the flags say. at_exit: an ExitStack that is left when the run ends."""
     ranks = Ranks(args.device, args.timeout)
+    # each rank reads its own command line and files, on several machines from disks of its own
+    ranks.check_same({f"--{name}": value for name, value in vars(args).items()
+                      if name not in ("device", "log_dir")})
     tune(ranks.device, training=True)
     run = at_exit.enter_context(Run(args.log_dir, ranks, args.resume, args.track, args.plot))
     config, micro_steps = model_config(args), grad_accum_steps(args, ranks)
     data = open_data(args, ranks)
     identity = recipe.identity_of(vars(args)) | data.identity
     raw_model, newest, meta = open_model(args, config, data, identity, run, ranks)
-    check_ranks(args, data, identity, meta, ranks)
+    weights = meta.get("files", {}).get("model.safetensors", {}).get("digest")
+    ranks.check_same({"start step": meta.get("step", 0), "weights": weights, **data.identity,
+                      "HellaSwag examples": len(data.examples or ())})
     precision = Precision(ranks.device, args.dtype)
     optimizer = open_optimizer(args, raw_model, newest, meta, precision, ranks)
     validation = Validation(data.val, data.val_windows, precision, ranks, args.val_every and data.tokenizer)

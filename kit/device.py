@@ -3,12 +3,14 @@
 import contextlib
 import ctypes
 import importlib
+import os
 import platform
 import re
+import tempfile
 
 import torch
 
-from kit.files import UserError
+from kit.files import UserError, warn_once
 from kit.packed import onednn_is_faster
 
 # dense 16-bit FLOP/s of the tensor cores with fp32 accumulation, from NVIDIA's datasheets. The first name
@@ -76,6 +78,14 @@ def tune(device, training=False):
     # MKL picks its vector kernels at the first call. If two threads make that call at once they can get
     # different kernels, whose results differ in the last bits: let one thread make it
     torch.zeros(64).exp()
+    if training:
+        # every optimizer imports the compiler, which fails if it can't make its cache directory
+        name = "TORCHINDUCTOR_CACHE_DIR"
+        try:
+            os.makedirs(os.environ.get(name) or ".", exist_ok=True)
+        except OSError as error:
+            os.environ[name] = tempfile.mkdtemp()
+            warn_once(f"{name} can't be used ({error}): using {os.environ[name]}")
     if type_of(device) == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for matmuls that stay in fp32
     elif training and onednn_is_faster():

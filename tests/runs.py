@@ -88,6 +88,9 @@ def run_here(module, *flags):
             files.run_script(module.main, module.parse_args(list(map(str, flags))))
         except SystemExit as end:
             status = end.code
+            if isinstance(status, str):  # Python prints it
+                print(status, file=err)
+                status = 1
     for stream in (out, err):
         stream.flush()
     texts = (stream.buffer.getvalue().decode() for stream in (out, err))

@@ -106,7 +106,7 @@ class Lost:
 
     encoding, errors = "utf-8", "replace"
 
-    def write(self, text):
+    def write(self, text=None):
         raise BrokenPipeError(32, "Broken pipe")
 
     flush = fileno = write

@@ -239,7 +239,8 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(shards, tmp_path, othe
 
 def test_the_loop_for_machines_that_may_go_away(shards, whole, tmp_path):
     """The loop is run as docs/reliability.md prints it, and its python is killed three times."""
-    loop = re.search(r"^until .*train_gpt2.py.*done$", (ROOT / "docs/reliability.md").read_text(), re.MULTILINE)[0]
+    text = (ROOT / "docs/reliability.md").read_text()
+    loop = re.search(r"^until .*train_gpt2.py.*done$", text, re.MULTILINE)[0]
     flags = " ".join(map(str, flags_of(shards, tmp_path / "log")))
     loop = loop.replace("python train_gpt2.py", f"{sys.executable} train_gpt2.py {flags}")
     process = subprocess.Popen(["bash", "-c", loop.replace("sleep 5", "sleep 0.1")], cwd=ROOT, text=True,
@@ -437,7 +438,7 @@ def test_a_resume_that_would_be_another_run_is_refused(shards, whole, tmp_path, 
 
 def test_a_resume_on_other_data_is_refused(shards, whole, tmp_path):
     other = make.copy_shards(shards, tmp_path / "data", manifest=False)
-    with pytest.raises(UserError, match=f"the data, .*other shards.*: --init_from {whole.log_dir} "):
+    with pytest.raises(UserError, match=f"the data, .*other shards.*use --init_from {whole.log_dir} "):
         train(shards, whole.log_dir, "--resume", "--data_dir", other)
 
 
