@@ -2,7 +2,7 @@
 
     python bench.py all                                     # or train, hellaswag, sample, data, start
     python bench.py train --peer nanoGPT=../nanoGPT --peer build-nanogpt=../build-nanogpt
-    python bench.py all --json log/bench.json
+    python bench.py all --json bench.json
 
 Each contestant ("arm") runs in a process of its own, so that no setting of one affects another. The arms take
 turns: a round is one unit of work by this project, with the limit measured before and after it, and one by a

@@ -1,6 +1,6 @@
 """Reference runs of a known recipe: a new run of the same recipe learns early whether its loss is normal.
 
-A reference is the log directory of such a run, stored under log/reference: its log.txt, of which the val
+A reference is the log directory of such a run, stored under results/reference: its log.txt, of which the val
 curve is used, and its run.json. That may hold less than a run's own, because what it leaves out may differ:
 of "flags" those in kit.recipe.RECIPE are compared, and of "data_source" what is there, plus the "tokenizer".
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from kit.recipe import RECIPE
 from kit.record import read_curves, read_record
 
-REFERENCES = Path(__file__).parent.parent / "log/reference"
+REFERENCES = Path(__file__).parent.parent / "results/reference"
 
 BAND = 0.03  # of the loss; `check` explains it
 ABOVE = ("the learning rate or its warm-up, a wrong tokenizer or shuffled targets, fp16 that overflows, "
