@@ -312,7 +312,8 @@ def print_report(args, examples, results, comparisons):
         scores.print_examples(examples, indices[: args.show], results)
     if args.by:
         scores.print_groups(results, args.by)
-    scores.print_published(results, HELLASWAG_EXAMPLES)
+    if results[0]["n"] == HELLASWAG_EXAMPLES:
+        scores.print_published(results)
     for result in results:
         scores.print_result(result)
     if comparisons:

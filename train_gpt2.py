@@ -25,7 +25,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("run").add_argument
     add("--data_dir", default="edu_fineweb10B", help="directory of shards made by fineweb_edu.py")
-    add("--demo_data", action="store_true", help="first make data_dir from Python's own documentation")
+    add("--demo_data", action=switch, default=False,
+        help="first make data_dir from Python's own documentation")
     add("--log_dir", default="log", help="directory of log.txt, run.json and the checkpoints")
     add("--resume", action="store_true", help="continue from the newest valid checkpoint of log_dir")
     add("--allow_change", nargs="+", metavar="FLAG", choices=recipe.CHANGEABLE, default=(),
@@ -47,7 +48,7 @@ def parse_args(argv=None):
     add("--val_every", type=interval, default=250, help="interval of the validation loss")
     add("--hellaswag_every", type=interval, default=250, help="interval of HellaSwag")
     add("--hellaswag_data", metavar="FILE", help="local HellaSwag examples instead of the download")
-    add("--sample_every", type=interval, default=250, help="interval of samples")
+    add("--sample_every", type=interval, default=250, help="interval of samples (none at step 0)")
     add("--sample_prompt", default="Hello, I'm a language model,", help="what samples continue")
     add("--save_every", type=interval, default=1000, help="interval of checkpoints (none at step 0)")
     add("--keep", type=integer(2), default=2, help="number of newest checkpoints to keep")
@@ -56,6 +57,8 @@ def parse_args(argv=None):
         help="how many steps whose loss or gradient is not finite are skipped before the run stops")
     add("--stop_on_divergence", action="store_true",
         help="stop if the smoothed training loss rises far above its minimum (default: a warning)")
+    add("--log_every", type=interval, default=10,
+        help="interval of the lines of steps, which a terminal shows in one line; log.txt has all steps")
     add("--plot", action=switch, default=True, help="draw log_dir/curves.png at each evaluation")
     add("--track", choices=("wandb", "trackio", "tensorboard"), help="also send the numbers of log.txt there")
     args = parse_with_configs(parser, argv)
@@ -73,7 +76,6 @@ if __name__ == "__main__":
 
 import contextlib
 import math
-import shlex
 import signal
 import sys
 import tempfile
@@ -84,17 +86,18 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import fineweb_edu
 import hellaswag
 from checkpoint import Progress
 from kit import shards
-from kit.device import Precision, compile_model, name_of, to_device, tune
+from kit.device import Precision, compile_model, name_of, out_of_memory, to_device, tune
 from kit.divergence import NOT_FINITE, skip_or_stop, watch_loss
 from kit.files import UNUSABLE_PATH, UserError, first_line, run_script, unbreakable_output
 from kit.ranks import Ranks, StopRequested, StopSignal, explain_lost_rank
-from kit.report import Report
+from kit.report import Report, count, waiting
 from kit.run import Run
 from kit.sharding import distribute, sync_gradients
 from kit.validation import Validation
@@ -353,13 +356,14 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
     compiled, failure = raw_model, None
     if args.compile:
         try:
-            compiled = compile_model(raw_model, ranks.device)
-            warm_up(compiled)
-            if args.val_every and validation.windows >= args.micro_batch_size:  # evaluation is another graph
-                validation.batch_loss(compiled, batch)
-        except torch.OutOfMemoryError:
-            raise
+            with waiting("compiling: a minute or more; --no-compile skips it", ranks):
+                compiled = compile_model(raw_model, ranks.device)
+                warm_up(compiled)
+                if args.val_every and validation.windows >= args.micro_batch_size:  # another graph
+                    validation.batch_loss(compiled, batch)
         except Exception as error:  # no C++ compiler, no headers, a GPU too old for Triton, ...
+            if out_of_memory(error):
+                raise
             failure = first_line(error)
         if ranks.max(failure is not None):
             ranks.say("torch.compile does not work here, training continues without it: "
@@ -381,12 +385,19 @@ def start_run(args, micro_steps, start_step, data, raw_model, compiled, precisio
               compiled=is_compiled, data_manifest=data.identity["data"],
               data_source=shards.source_of(args.data_dir), tokenizer=data.identity["tokenizer"],
               hellaswag_examples=data.examples and len(data.examples))
-    epochs = args.max_steps * args.total_batch_size / (data.train.num_windows * args.sequence_length)
     ranks.say(f"{raw_model.num_params():,} parameters, {precision.name} on {ranks.device} ({device_name}), "
               + ("compiled" if is_compiled else "not compiled"))
-    ranks.say(f"{args.total_batch_size:,} tokens per step = {args.micro_batch_size} sequences x "
-              f"{args.sequence_length} tokens x {ranks.world_size} ranks x {micro_steps} micro-batches; "
-              f"{args.max_steps:,} steps are {epochs:.2f} epochs")
+    if args.eval_only:
+        return
+    tokens = data.train.num_windows * args.sequence_length
+    epochs = args.max_steps * args.total_batch_size / tokens
+    ranks.say(f"{args.total_batch_size:,} tokens per step = {count(args.micro_batch_size, 'sequence')} x "
+              f"{args.sequence_length} tokens x {count(ranks.world_size, 'rank')} x "
+              f"{count(micro_steps, 'micro-batch', 'es')}")
+    ranks.say(f"{count(args.max_steps, 'step')}, {epochs:.2f} epochs")
+    if epochs > 20:
+        ranks.say(f"warning: the training split has only {tokens:,} tokens, so that each is read "
+                  f"{epochs:,.0f} times; one epoch is --max_steps {math.ceil(args.max_steps / epochs)}")
 
 
 # -------------------------------------------------------------------------------- once in a while, or rarely
@@ -407,7 +418,7 @@ def sample(step, args, raw_model, data, precision, ranks):
     """Print four samples of 32 tokens with top-k 50, as the published reproductions do."""
     generator = torch.Generator(ranks.device).manual_seed(args.seed + step)
     try:
-        with inference(raw_model, precision):
+        with inference(raw_model, precision), tqdm.external_write_mode():
             print_samples(raw_model, data.tokenizer, args.sample_prompt, 4, 32, generator, top_k=50)
     except ValueError as error:
         raise UserError(f"before step {step}: {error}. {NOT_FINITE}") from error
@@ -433,23 +444,6 @@ class Saver:
             checkpoint.prune(self.run.log_dir, self.args.keep, progress.step, self.args.keep_every)
         self.ranks.barrier()
         self.ranks.say(f"step {progress.step}: saved {path}")
-
-
-def say_what_is_next(args, data, ranks):
-    """Recommend commands that work with what the run has left."""
-    if not (args.val_every or args.save_every or args.keep_every):
-        ranks.say("finished; nothing was saved, because --val_every and --save_every are 0")
-        return
-    log_dir, prompt = shlex.quote(args.log_dir), shlex.quote(args.sample_prompt)
-    ranks.say("finished")
-    if data.tokenizer:
-        ranks.say(f"next: python sample.py -m {log_dir} -p {prompt}")
-    if data.examples:
-        local = f" --data {shlex.quote(args.hellaswag_data)}" if args.hellaswag_data else ""
-        ranks.say(f"      python hellaswag.py -m {log_dir}{local}")
-    if args.demo_data:
-        ranks.say("the real thing: python fineweb_edu.py && "
-                  "torchrun --standalone --nproc_per_node=8 train_gpt2.py")
 
 
 # --------------------------------------------------------------------------------------------------- the run
@@ -507,7 +501,7 @@ def train(args, at_exit):
                 report.hellaswag(name, step, result)
             if due(args.val_every) or due(args.hellaswag_every):
                 run.report(step, progress.val_loss if due(args.val_every) else None)
-            if data.tokenizer and due(args.sample_every) and ranks.is_first:
+            if data.tokenizer and due(args.sample_every) and (step > 0 or args.eval_only) and ranks.is_first:
                 sample(step, args, raw_model, data, precision, ranks)
             # a resumed run need not save this step again, unless a stop had saved it before its evaluation
             saved = step == start_step and progress.val_loss == meta.get("val_loss")
@@ -555,7 +549,7 @@ def train(args, at_exit):
         sys.exit(128 + number)
     ranks.leave()
     if not args.eval_only:
-        say_what_is_next(args, data, ranks)
+        report.summary(progress, data)
 
 
 @contextlib.contextmanager
@@ -563,17 +557,18 @@ def explain_errors(args):
     """Turn what may go wrong around a run into one line with the remedy."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError("out of memory: halve --micro_batch_size; results are unchanged") from error
-    except OSError as error:
-        if error.errno in UNUSABLE_PATH:
-            raise
-        sys.exit(f"error: {error}. All checkpoints so far are complete: fix this, and continue with --resume")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            raise UserError("out of memory: halve --micro_batch_size, which does not change the results, or "
+                            "train a smaller model") from error
         explanation = explain_lost_rank(error, args.timeout)
         if explanation is None:
             raise
         sys.exit(f"error: {explanation}; continue with --resume")
+    except OSError as error:
+        if error.errno in UNUSABLE_PATH:
+            raise
+        sys.exit(f"error: {error}. All checkpoints so far are complete: fix this, and continue with --resume")
 
 
 def main(args):

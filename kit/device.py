@@ -115,6 +115,12 @@ def compile_model(model, device):
         return torch.compile(model)
 
 
+def out_of_memory(error):
+    """Whether an exception means that memory does not suffice. On a CPU torch says so in words only."""
+    words = "can't allocate memory|not enough memory|out of memory"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(words, str(error)))
+
+
 class Precision:
     """The dtype of matmuls in training, with its autocast context and gradient scaler.
 

@@ -12,6 +12,7 @@ import time
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
 
 from kit.device import pick_device
 from kit.files import UserError, first_line
@@ -70,7 +71,8 @@ class Ranks:
     def say(self, *messages):
         """Print each message on a line, on rank 0."""
         if self.is_first and messages:
-            print(*messages, sep="\n", flush=True)
+            with tqdm.external_write_mode():  # takes a line that renews itself off the terminal meanwhile
+                print(*messages, sep="\n", flush=True)
 
     def max(self, value):
         """The largest of all ranks' whole numbers or bools, as an int."""

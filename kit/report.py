@@ -1,17 +1,27 @@
-"""What training logs and prints: steps and evaluations."""
+"""What training logs and prints: steps, evaluations, and a summary at the end."""
 
+import contextlib
 import math
+import shlex
+import sys
+import threading
+
+from tqdm import tqdm
 
 from kit.device import name_of
 
 
 class Report:
-    """Writes the numbers of a run to its log and prints them."""
+    """Writes the numbers of a run to its log and prints them.
+
+    On a terminal one line shows the latest step; elsewhere every --log_every steps have a line.
+    """
 
     def __init__(self, args, raw_model, precision, run, ranks):
         self.args, self.raw_model, self.precision = args, raw_model, precision
         self.run, self.ranks = run, ranks
         self.steps, self.mean_seconds = 0, 0.0
+        self.line = on_terminal(ranks, bar_format="{desc}")
 
     def step(self, step, loss, lr, norm, seconds):
         """Report an optimizer step. seconds: its duration."""
@@ -19,14 +29,18 @@ class Report:
         self.run.log(step, train=loss, norm=norm, lr=lr, **{"tok/s": tokens_per_second})
         mfu = self.raw_model.estimate_mfu(tokens_per_second / self.ranks.world_size,
                                           self.args.sequence_length, name_of(self.ranks.device))
-        mfu = "n/a" if mfu is None or self.precision.name == "float32" else f"{mfu:.1%}"
+        mfu = "" if mfu is None or self.precision.name == "float32" else f"mfu {mfu:.1%} | "
         # eta is steady with a running mean over about ten steps. The first step is slow and does not count
         self.steps += 1
         keep = 0.9 if self.steps > 2 else 0.0
         self.mean_seconds = keep * self.mean_seconds + (1 - keep) * seconds
         eta = duration(self.mean_seconds * (self.args.max_steps - step - 1))
-        self.ranks.say(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                       f"dt {1000 * seconds:.0f} ms | tok/s {tokens_per_second:,.0f} | mfu {mfu} | eta {eta}")
+        if not self.line.disable:
+            self.line.set_description_str(f"step {step} of {self.args.max_steps} | loss {loss:.3f} | "
+                                          f"{tokens_per_second:,.0f} tokens/s | {mfu}eta {eta}")
+        elif self.args.log_every and (step % self.args.log_every == 0 or step == self.args.max_steps - 1):
+            self.ranks.say(f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | dt "
+                           f"{1000 * seconds:.0f} ms | tok/s {tokens_per_second:,.0f} | {mfu}eta {eta}")
 
     def val_loss(self, name, step, loss, bits):
         """Report a validation loss, and its bits per byte if they are known. name: of the model."""
@@ -41,6 +55,62 @@ class Report:
         """Report a result of `hellaswag.evaluate`."""
         self.run.log(step, hella=result["acc_norm"])
         self.ranks.say(f"{name}: HellaSwag acc_norm {result['acc_norm']:.4f} on {result['n']} examples")
+
+
+    def summary(self, progress, data):
+        """Say how the run ended, where its results are, and which commands go on from there.
+
+        progress: a checkpoint.Progress. data: train_gpt2.Data.
+        """
+        self.line.close()
+        say, log_dir = self.ranks.say, self.run.log_dir
+        losses = [f"training loss {progress.smoothed:.3f} (mean of the last steps)"] if self.steps else []
+        if progress.val_loss is not None:
+            losses.append(f"validation loss {progress.val_loss:.4f}")
+        say("finished" + ": " * bool(losses) + ", ".join(losses))
+        saved = sorted(log_dir.glob("ckpt_*")) + [path for path in (log_dir / "best",) if path.is_dir()]
+        for what, path in (("model", saved and saved[-1]), ("curves", log_dir / "curves.png"),
+                           ("numbers", log_dir / "log.txt")):
+            if path and path.exists():
+                say(f"  {what + ':':<9}{path}")
+        if not saved:
+            say("  the model was not saved, because --save_every and --val_every are 0")
+            return
+        model = shlex.quote(str(log_dir))
+        if data.tokenizer:
+            say(f"next: python sample.py -m {model} -p {shlex.quote(self.args.sample_prompt)}")
+        if data.examples:
+            file = self.args.hellaswag_data
+            say(f"      python hellaswag.py -m {model}" + (f" --data {shlex.quote(file)}" if file else ""))
+
+
+def on_terminal(ranks, **settings):
+    """A tqdm line that renews itself, if this is rank 0 on a terminal; else one that shows nothing."""
+    return tqdm(file=sys.stdout, leave=False, disable=None if ranks.is_first else True, **settings)
+
+
+@contextlib.contextmanager
+def waiting(message, ranks):
+    """Announce what takes long; on a terminal a clock shows that it is under way."""
+    ranks.say(message)
+    done = threading.Event()
+
+    def tick():
+        while not done.wait(1):
+            clock.refresh()
+
+    with on_terminal(ranks, bar_format="{elapsed}") as clock:
+        if not clock.disable:
+            threading.Thread(target=tick, daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+
+def count(number, noun, ending="s"):
+    """A number and its noun: 1 rank, 8 ranks."""
+    return f"{number:,} {noun}{ending if number != 1 else ''}"
 
 
 def duration(seconds):

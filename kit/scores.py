@@ -8,6 +8,7 @@ import textwrap
 from kit.published import GPT3_HELLASWAG, HELLASWAG
 
 METRICS = {"acc": "", "acc_norm": "_norm"}  # metric: the suffix of its keys in a result
+CHANCE = 0.25  # one of four endings
 GROUPS = {"activity": ("activity_label",), "split": ("split_type", "split")}  # --by: field names to try
 
 
@@ -120,8 +121,8 @@ def print_groups(results, by, most=20):
         print(f"{len(smaller)} more groups, of at most {smaller[0]} examples, are in the output of --json\n")
 
 
-def print_published(results, whole):
-    """Print the results beside the published ones, which are of all `whole` validation examples."""
+def print_published(results):
+    """Print the results beside the published ones, which are of the whole validation set."""
     protocols = list(dict.fromkeys(result["protocol"] for result in results))
     rows = {}
     for result in results:
@@ -131,17 +132,19 @@ def print_published(results, whole):
     print_table([["", *(f"{protocol} {metric}" for protocol in protocols for metric in METRICS)],
                  *([model, *("-" if value is None else f"{value:.4f}" for value in values)]
                    for model, values in rows.items())])
-    if results[0]["n"] != whole:
-        print(f"published results: all {whole:,} validation examples; this run: {results[0]['n']:,}")
     print("GPT-3 by the protocol of its paper, 125M, 350M, 760M and 1.3B:",
           ", ".join(f"{value:.3f}" for value in GPT3_HELLASWAG.values()), end="\n\n")
 
 
 def print_result(result):
-    cut = f", {result['endings_cut']} endings truncated to the context" if result["endings_cut"] else ""
-    print(f"{titles([result])}: HellaSwag acc {result['acc']:.4f} ± {result['acc_stderr']:.4f}, "
-          f"acc_norm {result['acc_norm']:.4f} ± {result['acc_norm_stderr']:.4f} "
-          f"on {result['n']} examples{cut}")
+    """Print a result in one line, with standard errors."""
+    values = [f"{metric} {result[metric]:.4f} ± {result[f'{metric}_stderr']:.4f}" for metric in METRICS]
+    notes = [f"{result['n']:,} examples"]
+    if result["endings_cut"]:
+        notes.append(f"{result['endings_cut']} endings truncated to the context")
+    if all(abs(result[metric] - CHANCE) <= 2 * result[f"{metric}_stderr"] for metric in METRICS):
+        notes.append(f"within noise of chance ({CHANCE})")
+    print(f"{titles([result])}: HellaSwag {', '.join(values)} on {'; '.join(notes)}")
 
 
 def print_comparison(comparison, protocol):

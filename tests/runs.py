@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ("--n_layer 2 --n_head 2 --n_embd 32 --vocab_size 512 --sequence_length 32 --micro_batch_size 4 "
         "--total_batch_size 256 --max_steps 12 --warmup_steps 3 --max_lr 3e-3 --val_every 4 "
         "--val_tokens 1000 --hellaswag_every 0 --sample_every 0 --save_every 4 "
-        "--device cpu --no-compile --no-plot").split()
+        "--log_every 1 --device cpu --no-compile --no-plot").split()
 ENDLESS = ["--max_steps", 100_000, "--val_every", 0]  # for a run that a test stops
 
 
