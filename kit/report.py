@@ -20,7 +20,7 @@ class Report:
     def __init__(self, args, raw_model, precision, run, ranks):
         self.args, self.raw_model, self.precision = args, raw_model, precision
         self.run, self.ranks = run, ranks
-        self.steps, self.mean_seconds = 0, 0.0
+        self.steps, self.mean_seconds, self.loss = 0, 0.0, math.nan
         self.line = on_terminal(ranks, bar_format="{desc}")
 
     def step(self, step, loss, lr, norm, seconds):
@@ -31,7 +31,7 @@ class Report:
                                           self.args.sequence_length, name_of(self.ranks.device))
         mfu = "" if mfu is None or self.precision.name == "float32" else f"mfu {mfu:.1%} | "
         # eta is steady with a running mean over about ten steps. The first step is slow and does not count
-        self.steps += 1
+        self.steps, self.loss = self.steps + 1, loss
         keep = 0.9 if self.steps > 2 else 0.0
         self.mean_seconds = keep * self.mean_seconds + (1 - keep) * seconds
         eta = duration(self.mean_seconds * (self.args.max_steps - step - 1))
@@ -64,11 +64,11 @@ class Report:
         """
         self.line.close()
         say, log_dir = self.ranks.say, self.run.log_dir
-        losses = [f"training loss {progress.smoothed:.3f} (mean of the last steps)"] if self.steps else []
+        losses = [f"training loss {self.loss:.4f}"] if self.steps else []
         if progress.val_loss is not None:
             losses.append(f"validation loss {progress.val_loss:.4f}")
         say("finished" + ": " * bool(losses) + ", ".join(losses))
-        saved = sorted(log_dir.glob("ckpt_*")) + [path for path in (log_dir / "best",) if path.is_dir()]
+        saved = [*log_dir.glob("best"), *sorted(log_dir.glob("ckpt_*"))]
         for what, path in (("model", saved and saved[-1]), ("curves", log_dir / "curves.png"),
                            ("numbers", log_dir / "log.txt")):
             if path and path.exists():
