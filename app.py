@@ -7,7 +7,6 @@ It needs `pip install gradio`. Without --host, only this machine can open the pa
 Hugging Face Space, which starts it without flags.
 """
 
-import argparse
 import codecs
 import contextlib
 import importlib
@@ -18,7 +17,7 @@ from bisect import bisect
 from html import escape
 from pathlib import Path
 
-from kit.flags import HelpFormatter, from_command_line, integer
+from kit.flags import Parser, from_command_line, integer
 
 PAUSE = 0.05  # seconds between two updates of a page
 ALTERNATIVES = 6  # most likely tokens to show for each position
@@ -81,10 +80,9 @@ for (const type of ["mouseover", "mouseleave", "focusin", "focusout"])
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="A web page that continues prompts with a GPT-2, published or your own.",
         usage="python app.py [-m MODEL] [-d DEVICE] [--host NAME] [--port PORT]",
-        formatter_class=HelpFormatter,
     )
     parser.add_argument("-m", "--model_type", default="log" if list(Path("log").glob("ckpt_*")) else "gpt2",
                         help="a run's log directory (its newest checkpoint), one checkpoint, gpt2, "

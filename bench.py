@@ -14,24 +14,22 @@ own shapes, where training's FLOPs count causal attention and HellaSwag's no att
 alone, with as many rows as are sampled. Data: one thread of the tokenizer times the number of cores.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from kit.flags import HelpFormatter, from_command_line, integer
+from kit.flags import Parser, from_command_line, integer
 
 PARTS = ("train", "hellaswag", "sample", "data", "start")
 PROMPT = [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # "Hello, I'm a language model,"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure this project, its peers and the machine's limit.",
         usage="python bench.py {train,hellaswag,sample,data,start,all} [--flag value ...]",
-        formatter_class=HelpFormatter,
     )
     parser.add_argument("part", choices=(*PARTS, "all"))
     parser.add_argument("--device", help="cuda or cpu (default: auto-detected)")

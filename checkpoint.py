@@ -15,7 +15,6 @@ A checkpoint named N has consumed exactly the batches 0..N-1. It is written unde
 renamed, so a checkpoint under its final name is complete; every load checks the digests.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -27,11 +26,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kit.flags import from_command_line
+from kit.flags import Parser, from_command_line
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Show the checkpoints of a run (exit status 1: one is damaged), or export one."
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -25,13 +25,12 @@ ctx_b what follows the last end of a sentence, if it begins in lower case, like 
 he". This misses a ctx_a without a full stop and a ctx_b with a capital letter.
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
 
 from kit import scores
-from kit.flags import HelpFormatter, from_command_line, integer
+from kit.flags import Parser, from_command_line, integer
 
 # the validation split on the hub. The authors' GitHub repository was taken down in September 2026
 DATA = ("hf://datasets/Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/"
@@ -40,11 +39,10 @@ PROTOCOLS = ("completion", "harness")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Evaluate a GPT-2, published or your own, on HellaSwag's validation set.",
         usage="[torchrun --nproc_per_node=N] hellaswag.py {-m MODEL | --compare A B} "
               "[-d DEVICE] [--data FILE] [--flag value ...]",
-        formatter_class=HelpFormatter,
     )
     models = parser.add_mutually_exclusive_group()
     models.add_argument("-m", "--model_type", default="gpt2",

@@ -7,16 +7,14 @@ Results published for OpenAI's models are drawn as dashed lines if run.json says
 train_gpt2.py draws its own run at every evaluation.
 """
 
-import argparse
 from pathlib import Path
 
-from kit.flags import HelpFormatter, from_command_line
+from kit.flags import Parser, from_command_line
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Draw the curves of runs.",
-                                     usage="python plot.py LOG_DIR [LOG_DIR ...] [--out FILE]",
-                                     formatter_class=HelpFormatter)
+    parser = Parser(description="Draw the curves of runs.",
+                    usage="python plot.py LOG_DIR [LOG_DIR ...] [--out FILE]")
     parser.add_argument("log_dirs", nargs="+", metavar="LOG_DIR", help="a run's log directory")
     parser.add_argument("--out", metavar="FILE", type=Path,
                         help="a .png or .svg (default: LOG_DIR/curves.png; for several runs, curves.png)")

@@ -9,14 +9,13 @@ Without -p, on a terminal, it asks for prompts until an empty line. There, Ctrl-
 recall earlier prompts, and /temp 0.7, /top_k 50, /top_p 0.9, /tokens 200, /seed 1 change the settings.
 """
 
-import argparse
 import codecs
 import contextlib
 import importlib
 import sys
 from pathlib import Path
 
-from kit.flags import HelpFormatter, from_command_line, integer
+from kit.flags import Parser, from_command_line, integer
 
 # the commands between two prompts: the setting that each changes, and its type
 COMMANDS = {"temp": ("temperature", float), "top_k": ("top_k", int), "top_p": ("top_p", float),
@@ -25,10 +24,9 @@ PROMPT = "Hello, I'm a language model,"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Continue a prompt with a GPT-2, published or your own.",
         usage="python sample.py [-m MODEL] [-p PROMPT|@FILE] [-n SAMPLES] [--flag value ...]",
-        formatter_class=HelpFormatter,
     )
     parser.add_argument("-m", "--model_type", default="log",
                         help="a run's log directory (its newest checkpoint), one checkpoint, "

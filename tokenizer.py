@@ -5,7 +5,6 @@
 Either way the tokenizer is a `tiktoken.Encoding`, and the rest of the program treats both alike.
 """
 
-import argparse
 import functools
 import json
 import tempfile
@@ -14,7 +13,7 @@ from base64 import b64encode
 from pathlib import Path
 
 from kit.files import UserError, atomic_write, run_script
-from kit.flags import HelpFormatter, from_command_line, integer
+from kit.flags import Parser, from_command_line, integer
 from kit.sources import read_texts
 
 END_OF_TEXT = "<|endoftext|>"  # precedes each document; the only special token
@@ -23,9 +22,9 @@ per_thread = threading.local()  # by tokenizer: the thread's gigatoken, and how 
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Learn a byte-level BPE from your own text.")
+    parser = Parser(description="Learn a byte-level BPE from your own text.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train", help="learn a tokenizer from files", formatter_class=HelpFormatter)
+    command = commands.add_parser("train", help="learn a tokenizer from files")
     command.add_argument("files", nargs="+", metavar="FILES", help=".txt, .jsonl, .jsonl.gz or .parquet")
     command.add_argument("--vocab_size", type=integer(257, 65536), default=4096,
                          help="number of ids, including <|endoftext|>")

@@ -12,14 +12,13 @@ continues it, on a CPU in the same bits. `train` is the whole run, in order; its
 import argparse
 
 from kit import recipe
-from kit.flags import HelpFormatter, from_command_line, integer, number, parse_with_configs
+from kit.flags import Parser, from_command_line, integer, number, parse_with_configs
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train a GPT-2. An interval N: at step 0, every N steps and at the end; 0: never.",
         usage="python train_gpt2.py [@configs/NAME.txt] [--flag value ...]",
-        formatter_class=HelpFormatter,
     )
     switch, interval = argparse.BooleanOptionalAction, integer(0)
 

@@ -1,9 +1,13 @@
 """Types for argparse, and config files of flags."""
 
 import argparse
+import difflib
 import math
 import shlex
 import sys
+from pathlib import Path
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def integer(least=-(2**63), most=2**63 - 1):
@@ -40,6 +44,48 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent or "(default:" in action.help else super()._get_help_string(action)
 
 
+# names that other programs use, and that are too far from ours to be found by likeness
+ELSEWHERE = {
+    "batch_size": ("micro_batch_size", "total_batch_size"), "learning_rate": ("max_lr",), "lr": ("max_lr",),
+    "block_size": ("sequence_length",), "max_iters": ("max_steps",), "epochs": ("max_steps",),
+    "num_iterations": ("max_steps",), "out_dir": ("log_dir",), "output_dir": ("log_dir",),
+    "eval_interval": ("val_every",), "dataset": ("data_dir",), "model": ("model_type",),
+    "num_tokens": ("max_new_tokens",), "start": ("prompt",), "wandb_log": ("track",),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that takes hyphens for underscores and suggests what an unknown flag may mean."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse words; unlike argparse's own method, exit with an error for an unknown one."""
+        words = [self.spelled(word) for word in (sys.argv[1:] if args is None else args)]
+        namespace, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unknown argument {unknown[0]}{self.suggestion(unknown[0])}")
+        return namespace, []
+
+    def spelled(self, word):
+        """A flag with the hyphens and underscores that this parser uses, --max-steps=3 as --max_steps=3."""
+        flag, equals, value = word.partition("=")
+        flags = {known.replace("-", "_"): known for known in self._option_string_actions}
+        return flags.get(flag.replace("-", "_"), flag) + equals + value
+
+    def suggestion(self, word):
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        known = {flag.lstrip("-"): flag for flag in self._option_string_actions}
+        near = [other for other in ELSEWHERE.get(name, ()) if other in known]
+        near = near or difflib.get_close_matches(name, known, 2, 0.7)
+        if near:
+            return f": did you mean {' or '.join(known[other] for other in near)}?"
+        if self.fromfile_prefix_chars and word.endswith(".txt"):
+            return f": a config needs an @, as in @{word}"
+        return f"; {self.prog} --help lists them"
+
+
 def from_command_line(parse_args):
     """parse_args() of a script; from now on Ctrl-C, also during its imports, prints no traceback."""
     previous = sys.excepthook
@@ -53,19 +99,31 @@ def from_command_line(parse_args):
 
 
 def parse_with_configs(parser, argv=None):
-    """Parse flags and @config files, in which # begins a comment. Exits with status 2 on errors."""
+    """Parse flags and @config files, in which # begins a comment. What is typed wins over a config.
+
+    Exits with status 2 on errors.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    configs = [word for word in argv if word.startswith("@")]
+    known = ", ".join(f"@configs/{path.name}" for path in sorted(CONFIGS.glob("*.txt")))
+    for config in configs:
+        if configs.count(config) > 1:
+            parser.error(f"{config} is given twice")
+        if not Path(config[1:]).is_file():
+            parser.error(f"no config {config}; there are {known}")
 
     def split_line(line):
         if "\0" in line:  # no path or command line can hold one
             parser.error(f"config line {line!r} contains a zero byte")
         try:
-            return shlex.split(line, comments=True)
+            # a byte order mark may stand at the beginning of a file
+            return [parser.spelled(word) for word in shlex.split(line.removeprefix("\ufeff"), comments=True)]
         except ValueError as error:
             parser.error(f"config line {line!r}: {error}")
 
     parser.fromfile_prefix_chars, parser.convert_arg_line_to_args = "@", split_line
     try:
-        return parser.parse_args(argv)
+        return parser.parse_args([*configs, *(word for word in argv if word not in configs)])
     except UnicodeDecodeError as error:
         parser.error(f"a config file is not UTF-8 text: {error}")
     except RecursionError:

@@ -1,0 +1,48 @@
+"""Flags and configs as people type them: hyphens, near misses, names of other programs, any order."""
+
+import pytest
+from runs import ROOT
+
+import checkpoint
+import hellaswag
+import sample
+import tokenizer
+import train_gpt2
+from train_gpt2 import parse_args
+
+DEMO = f"@{ROOT}/configs/demo.txt"
+
+
+@pytest.mark.parametrize("argv", [["--max_steps", "3", DEMO], [DEMO, "--max_steps", "3"],
+                                  ["--seed", "1", "--max-steps=3", DEMO, "--keep", "4"]])
+def test_what_is_typed_wins_over_a_config_wherever_it_stands(argv):
+    args = parse_args(argv)
+    assert args.max_steps == 3 and args.n_layer == 3 and args.log_dir == "log_demo"
+
+
+def test_hyphens_are_underscores_also_in_a_config(tmp_path):
+    config = tmp_path / "config.txt"
+    config.write_text("\ufeff--max-steps 7 --no_compile\n--val-every=5", encoding="utf-8")  # with a BOM
+    args = parse_args([f"@{config}", "--log-dir", "my-log"])
+    assert (args.max_steps, args.compile, args.val_every, args.log_dir) == (7, False, 5, "my-log")
+    assert sample.parse_args(["--max-new-tokens", "5", "-p", "x"]).max_new_tokens == 5
+    assert tokenizer.parse_args(["train", "x", "--vocab-size", "300", "--out", "y"]).vocab_size == 300
+
+
+@pytest.mark.parametrize("module, argv, words", [
+    (train_gpt2, ["--batch_size", "4"], "did you mean --micro_batch_size or --total_batch_size?"),
+    (train_gpt2, ["--learning_rate=1"], "did you mean --max_lr?"),
+    (train_gpt2, ["--max_step_s", "1"], "did you mean --max_steps"),
+    (train_gpt2, ["configs/demo.txt"], "as in @configs/demo.txt"),
+    (train_gpt2, ["@configs/no.txt"], "no config @configs/no.txt; there are @configs/demo.txt, "),
+    (train_gpt2, [DEMO, DEMO], "is given twice"),
+    (sample, ["--temprature", "1"], "did you mean --temperature?"),
+    (hellaswag, ["--xyz"], "unknown argument --xyz; "),
+    (tokenizer, ["train", "x", "--out", "y", "--vocabsize", "300"], "did you mean --vocab_size?"),
+    (checkpoint, ["export", "a", "b", "--push-to-hubb", "c"], "did you mean --push_to_hub?"),
+])
+def test_an_unknown_argument_is_refused_with_what_may_be_meant(capsys, module, argv, words):
+    with pytest.raises(SystemExit) as refused:
+        module.parse_args(argv)
+    assert refused.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
