@@ -5,8 +5,8 @@
     python sample.py -m log -p @prompt.txt --temperature 0
     echo "Once upon a time" | python sample.py
 
-Without -p, on a terminal, it asks for prompts until an empty line. There, Ctrl-C stops a text, the arrow keys
-recall earlier prompts, and /temp 0.7, /top_k 50, /top_p 0.9, /tokens 200, /seed 1 change the settings.
+Without -p, on a terminal, it asks for prompts. There, /help lists the commands that change the settings,
+Ctrl-C stops a text, and the arrow keys recall earlier prompts.
 """
 
 import codecs
@@ -19,7 +19,14 @@ from kit.flags import Parser, from_command_line, integer
 
 # the commands between two prompts: the setting that each changes, and its type
 COMMANDS = {"temp": ("temperature", float), "top_k": ("top_k", int), "top_p": ("top_p", float),
-            "tokens": ("max_new_tokens", int)}
+            "tokens": ("max_new_tokens", int), "n": ("num_samples", int)}
+HELP = """/temp 0.7    temperature; 0 always takes the most likely token
+/top_k 50    draw only from the 50 most likely tokens; /top_k off
+/top_p 0.9   draw only from the most likely tokens that have probability 0.9 together; /top_p off
+/tokens 200  length of a text
+/n 3         number of texts
+/seed 1      the same prompts give the same texts again
+Ctrl-C stops a text; exit, quit or Ctrl-D leaves"""
 PROMPT = "Hello, I'm a language model,"
 
 
@@ -33,7 +40,8 @@ def parse_args(argv=None):
                              "gpt2, gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     parser.add_argument("-p", "--prompt", help='text, or @FILE; "" starts a new document')
-    parser.add_argument("-n", "--num_samples", type=integer(1), default=1, help="continuations of the prompt")
+    parser.add_argument("-n", "--num_samples", type=integer(1), default=1,
+                        help="continuations of the prompt; the first is streamed, the others follow")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="at most; <|endoftext|> ends a text")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
     parser.add_argument("--top_k", type=int, help="draw only from the k most likely tokens")
@@ -104,10 +112,10 @@ def read_prompt(prompt):
 
 
 def typed_prompts(settings, generator):
-    """Yield the prompts that the user types, until an empty line or Ctrl-D. /commands change the settings."""
+    """Yield the prompts that the user types, until exit, quit or Ctrl-D. /commands change the settings."""
     with contextlib.suppress(ImportError):  # missing on Windows
         importlib.import_module("readline")  # gives input() arrow keys and a history
-    print("type a prompt, /help, or an empty line to leave")
+    print("type a prompt, /help or exit")
     while True:
         try:
             line = input("prompt> ")
@@ -116,38 +124,45 @@ def typed_prompts(settings, generator):
         except KeyboardInterrupt:  # discards the line, as in a shell
             print()
             continue
-        if line in ("", "/quit", "/exit"):
+        if line in ("exit", "quit", "/exit", "/quit"):
             return
         if line.startswith("/"):
-            name, _, value = line[1:].partition(" ")
-            print(change(settings, generator, name, value.strip()))
-        else:
+            print(change(settings, generator, *line[1:].partition(" ")[::2]))
+        elif line:
             yield line
 
 
 def change(settings, generator, name, value):
     """Execute a command such as "/temp 0.7"; return the answer or the error as text."""
+    if name not in (*COMMANDS, "seed"):
+        return HELP if name == "help" else f"/{name}: unknown; /help lists the commands"
+    if not value.strip():
+        return f"/{name} needs a value:\n{next(line for line in HELP.splitlines() if f'/{name} ' in line)}"
     try:
         if name == "seed":
             generator.manual_seed(int(value))
             return f"seed {value}"
         setting, kind = COMMANDS[name]
-        off = value == "off" and name in ("top_k", "top_p")
+        off = value.strip() == "off" and name in ("top_k", "top_p")
         changed = {**settings, setting: None if off else kind(value)}
-        check_sampling(torch.zeros(1, 1), **changed)
+        check_settings(**changed)
         settings.update(changed)
-    except KeyError:
-        return ("/temp 0.7, /top_k 50 or off, /top_p 0.9 or off, /tokens 200, /seed 1; Ctrl-C stops a text, "
-                "/quit or an empty line ends the session")
     except (ValueError, RuntimeError) as error:  # RuntimeError: a seed of more than 64 bits
         return f"/{name} {value}: {error}"
     return ", ".join(f"{setting} {value}" for setting, value in settings.items() if value is not None)
 
 
+def check_settings(num_samples, **settings):
+    """Raise ValueError for settings that can't be sampled with."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+    check_sampling(torch.zeros(1, 1), **settings)
+
+
 def main(args):
     settings = {setting: getattr(args, setting) for setting, _ in COMMANDS.values()}
     try:
-        check_sampling(torch.zeros(1, 1), **settings)
+        check_settings(**settings)
     except ValueError as error:
         raise UserError(f"--{error}") from error
     typed = args.prompt is None and sys.stdin.isatty()
@@ -164,7 +179,7 @@ def main(args):
         if tokens > block_size:
             print(f"the prompt has {tokens} tokens: the model reads the last {block_size}", file=sys.stderr)
         try:
-            print_samples(model, tokenizer, prompt, args.num_samples, generator=generator, **settings)
+            print_samples(model, tokenizer, prompt, generator=generator, **settings)
         except KeyboardInterrupt:
             if not typed:
                 raise

@@ -202,10 +202,12 @@ def grad_accum_steps(args, ranks):
     tokens_per_pass = B * T * ranks.world_size
     steps, remainder = divmod(args.total_batch_size, tokens_per_pass)
     if remainder:
-        nearest = [n * tokens_per_pass for n in (steps, steps + 1) if n > 0]
+        remedies = [f"--micro_batch_size {b}" for b in range(B, 0, -1)
+                    if args.total_batch_size % (b * T * ranks.world_size) == 0][:1]
+        remedies += [f"--total_batch_size {n * tokens_per_pass}" for n in (steps, steps + 1) if n > 0]
         raise UserError(f"--total_batch_size {args.total_batch_size} is not a multiple of micro_batch_size x "
-                        f"sequence_length x ranks = {B} x {T} x {ranks.world_size} = {tokens_per_pass}; the "
-                        f"nearest multiples are {', '.join(map(str, nearest))}")
+                        f"sequence_length x ranks = {B} x {T} x {ranks.world_size} = {tokens_per_pass}; use "
+                        + " or ".join(remedies))
     return steps
 
 

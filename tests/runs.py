@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,12 +79,16 @@ def run_script(*command, check=True, fault=None, env=None, timeout=280):
     return process
 
 
-def run_here(module, *flags):
-    """Run a script's module in this process, which saves the imports; return the same as run_script."""
+def run_here(module, *flags, stdin=""):
+    """Run a script's module in this process, which saves the imports; return the same as run_script.
+
+    stdin: the text that is piped into it.
+    """
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
     err.reconfigure(errors="backslashreplace")  # like Python's own stderr
     status = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), one_thread():
+    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), one_thread(),
+          unittest.mock.patch.object(sys, "stdin", io.StringIO(stdin))):
         try:
             files.run_script(module.main, module.parse_args(list(map(str, flags))))
         except SystemExit as end:

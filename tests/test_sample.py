@@ -124,9 +124,9 @@ def test_prompts_are_typed_on_a_terminal_when_none_is_given(small_run):
     terminal, stdin = pty.openpty()
     command = [sys.executable, "sample.py", "-m", small_run, "-d", "cpu", "--max_new_tokens", "5"]
     process = subprocess.Popen(command, cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, text=True)
-    os.write(terminal, b"The first\nThe second\n\n")  # the empty line ends it
+    os.write(terminal, b"The first\n\nThe second\nexit\n")  # the empty line does nothing
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and out.count("prompt> ") == 3
+    assert process.returncode == 0 and out.count("prompt> ") == 4
     assert out.index("prompt> The first") < out.index("prompt> The second")
 
 
@@ -148,6 +148,8 @@ def test_a_session_on_a_terminal(small_run):
     assert "/top_k 50" in answer(b"/help\n")
     assert "temperature 0.5" in answer(b"/temp 0.5\n") and "top_k 3" in answer(b"/top_k 3\n")
     assert "top_k" not in answer(b"/top_k off\n").split("off")[1]
+    assert "/frob: unknown; /help" in answer(b"/frob 3\n")
+    assert "/temp needs a value:\n/temp 0.7" in answer(b"/temp\n")
     for mistake in ("/temp -1", "/temp hot", "/temp off", "/top_p 2", "/seed x", f"/seed {2**80}"):
         assert f"{mistake}: " in answer(f"{mistake}\n".encode())
     first, other = [answer(b"The first\n") for _ in range(2)]
@@ -156,6 +158,8 @@ def test_a_session_on_a_terminal(small_run):
     answer(b"/seed 1337\n")
     again = answer(b"\x1b[A\x1b[A\n")  # twice up: the earlier prompt
     assert again.partition("\n")[2] == first.partition("\n")[2]
+    assert "num_samples 2" in answer(b"/n 2\n") and "-" * 40 in answer(b"The first\n")
+    assert "/n 0: " in answer(b"/n 0\n") and "num_samples 1" in answer(b"/n 1\n")
     assert "max_new_tokens 1000000" in answer(b"/tokens 1000000\n")  # at 2 ms a token
     assert "temperature 0.0" in answer(b"/temp 0\n")
     answer(b"The last\n", until="\nThe last")

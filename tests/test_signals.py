@@ -1,7 +1,6 @@
 """Signals, lost terminals, threads and odd environments: a run goes on, or stops with all it has done."""
 
 import contextlib
-import io
 import os
 import re
 import shlex
@@ -230,10 +229,9 @@ def test_the_recommended_command_works(shards, tmp_path, capsys, flags):
     assert process.returncode == 0 and process.stdout.startswith("Hello, I'm a language model,")
 
 
-def test_a_piped_text_is_the_prompt(small_run, monkeypatch):
+def test_a_piped_text_is_the_prompt(small_run):
     for piped, prompt in (("Once upon\n", "Once upon"), ("", "Hello, I'm a language model,")):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
-        process = run_here(sample, "-m", small_run, "-d", "cpu", "--max_new_tokens", 0)
+        process = run_here(sample, "-m", small_run, "-d", "cpu", "--max_new_tokens", 0, stdin=piped)
         assert (process.returncode, process.stdout) == (0, prompt + "\n")
 
 
