@@ -144,8 +144,8 @@ def atomic_write(path, mode="w"):
 
 
 def publish(file, path):
-    """Rename an open file, written at `temporary_path(path)`, to `path`, after it has reached the disk."""
-    file.flush()
+    """Close a file, written at `temporary_path(path)`, and rename it to `path` once it is on the disk."""
+    file.close()  # Windows does not rename an open file
     sync(file.name)
     os.replace(file.name, path)
     sync(path.parent)

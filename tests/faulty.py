@@ -190,6 +190,17 @@ def failing(owner, name, number, when=lambda *_: True):
     patch(owner, name, faulty)
 
 
+def renames_as_on_windows():
+    """A file that is open, and a directory that holds one, can't be renamed."""
+    def is_open(path):
+        path = os.path.abspath(path)
+        links = (os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+        return any(link == path or link.startswith(path + "/") for link in links)
+
+    for name in ("rename", "replace"):
+        failing(os, name, 13, lambda old, new: is_open(old))
+
+
 # -------------------------------------------------------------------------------------- points of a save
 
 

@@ -390,6 +390,15 @@ def test_a_simple_file_system_is_enough(shards, whole, learned, texts, tmp_path,
     assert bool(warnings) == bool(words)
 
 
+def test_no_file_is_renamed_while_it_is_open(shards, whole, learned, texts, tmp_path, faults):
+    """Windows refuses that. The val split of the small input is cut a second time, from renamed files."""
+    source = make.write_jsonl(tmp_path / "topics.jsonl", texts)
+    faults.renames_as_on_windows()
+    prepare([str(source)], tmp_path / "data", {"files": "topics"}, learned)
+    train(shards, tmp_path / "log")
+    train(shards, tmp_path / "log", "--resume", "--max_steps", 16, "--allow_change", "max_steps")
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 def test_a_disk_that_fails_is_an_error(shards, tmp_path, faults, number):
     faults.failing(os, "fsync", number)
