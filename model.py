@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from kit import huggingface
 from kit.device import peak_flops
-from kit.loss import LinearCrossEntropy, row_slices
+from kit.loss import LinearCrossEntropy, mean_of_counted, row_slices, split_ignored
 
 # the four models that OpenAI published, by their names on the Hugging Face hub
 GPT2_SIZES = {
@@ -206,7 +206,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """Token ids idx (B, T) -> logits (B, T, V), None.
 
-        With targets (B, T) -> None, mean loss in nats per token.
+        With targets (B, T) -> None, mean loss in nats per token. Targets of -100 or -1 do not count.
         """
         x = self.features(idx)  # (B, T, C)
         if targets is None:
@@ -218,21 +218,23 @@ class GPT(nn.Module):
         """Mean cross-entropy, in nats, of the targets (N,) given their features (N, C)."""
         if torch.is_grad_enabled():
             return LinearCrossEntropy.apply(x, self.lm_head.weight, targets, self.logits)
-        return self.token_losses(x, targets).mean()
+        return mean_of_counted(self.token_losses(x, targets).mean(), split_ignored(targets)[0])
 
     @torch.no_grad()
     def token_losses(self, x, targets):
         """Cross-entropy of each target (N,) given its features (N, C), in nats: (N,). No gradient.
 
-        The padding of the vocabulary gets no probability, as in an exported model, which has no padding.
+        Targets of -100 and -1 have 0. The padding of the vocabulary gets no probability, as in an exported
+        model, which has no padding.
         """
         losses = torch.empty(len(x), device=x.device)
+        counts, targets = split_ignored(targets)
         for rows in row_slices(x, self.config.vocab_size):
             logits = self.logits(x[rows]).float()  # (n, V)
             logits[:, self.config.num_tokens :] = -torch.inf
             log_probs = torch.log_softmax(logits, dim=-1, out=logits)  # in place: it is large
             losses[rows] = -log_probs.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
-        return losses
+        return losses.where(counts, 0)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Continue each of the prompts idx (B, T) by max_new_tokens tokens: (B, T + max_new_tokens).

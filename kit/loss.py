@@ -8,12 +8,33 @@ import torch
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28, "mps": 2**26}
 
 
+def split_ignored(targets):
+    """Which targets (N,) count, as bools (N,), and the targets with 0 in the place of those that don't, (N,).
+
+    -100 and -1 don't count: they are F.cross_entropy's default ignore_index and nanoGPT's. Any other number
+    that is no id fails when it is looked up.
+    """
+    ignored = (targets == -100) | (targets == -1)
+    return ~ignored, targets.masked_fill(ignored, 0)
+
+
+def mean_of_counted(mean, counts, at_least=0):
+    """The mean over the targets that count, from the mean over all of them, in which the others are 0.
+
+    at_least: divide by no less than this; the mean over no target is nan. If all targets count, the result is
+    `mean` itself, not multiplied and divided by N, which could round.
+    """
+    count = counts.sum()
+    return mean.where(count == len(counts), mean * len(counts) / count.clamp(min=at_least))
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of head(x, weight), with only `LOGITS_AT_ONCE` of the logits in memory at a time.
 
     The loss is the last thing computed, so its gradient with respect to x and weight does not depend on
     anything later: each slice of logits is turned into gradients at once and dropped. Nothing is computed
     twice. The backward pass scales the gradients in place, so it can run once only.
+    Targets of -100 and -1 do not count (`split_ignored`); if none counts, the loss is nan and its gradient 0.
 
     head: the matmul x @ weight.T; the gradients below are those of this function.
     """
@@ -26,14 +47,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         dx = torch.empty_like(x, dtype=dtype)
         dw = torch.zeros_like(weight)
+        counts, targets = split_ignored(targets)
+        keep = counts.unsqueeze(-1)  # (N, 1)
         with torch.autocast(device_type, enabled=False):
             for rows in row_slices(x, len(weight)):
-                x_slice = x[rows].to(dtype)
+                x_slice = x[rows].where(keep[rows], 0).to(dtype)  # rows that do not count add 0 to dw
                 logits = head(x_slice, w).float()  # (n, V)
                 log_probs = torch.log_softmax(logits, dim=-1, out=logits)  # in place: it is large
                 correct = targets[rows].unsqueeze(-1)  # (n, 1)
                 at_correct = log_probs.gather(-1, correct)  # (n, 1)
-                loss -= at_correct.sum()
+                loss -= at_correct.where(keep[rows], 0).sum()
                 # d loss / d logits = softmax - one_hot, for the sum of the losses: dividing by N here would
                 # underflow in fp16. Overwriting the correct column, not subtracting from it, lets a compiled
                 # 16-bit version keep no logits in fp32
@@ -44,14 +67,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                     dw.addmm_(dlogits.t(), x_slice)  # needs no second matrix of this size
                 else:  # adding up many slices in 16 bits would lose digits
                     dw += dlogits.t() @ x_slice
-        ctx.save_for_backward(dx, dw)
+        ctx.save_for_backward(dx.masked_fill_(~keep, 0), dw, counts)
         ctx.x_dtype = x.dtype
-        return loss / len(x)
+        return mean_of_counted(loss / len(x), counts)
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        scale = grad / len(dx)
+        dx, dw, counts = ctx.saved_tensors
+        scale = mean_of_counted(grad / len(dx), counts, at_least=1)
         return dx.mul_(scale).to(ctx.x_dtype), dw.mul_(scale), None, None
 
 

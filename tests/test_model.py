@@ -177,6 +177,60 @@ def test_chunked_loss_under_autocast(gpt):
     assert (gpt.lm_head.weight.grad - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("mark", [-1, -100])
+def test_ignored_targets_do_not_count(gpt, monkeypatch, mark):
+    """As in F.cross_entropy: the loss, its gradients and the evaluation, in several slices."""
+    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 48 * 96)
+    x, y = tokens(8, 32), tokens(8, 32, seed=1)
+    y[3], y[:, ::5] = mark, mark
+    plain = F.cross_entropy(gpt(x)[0].view(-1, 96), y.view(-1), ignore_index=mark)
+    loss = gpt(x, y)[1]
+    assert torch.allclose(loss, plain, rtol=1e-6)
+    for ours, theirs in zip(*(torch.autograd.grad(mean, list(gpt.parameters())) for mean in (loss, plain))):
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+    with torch.no_grad():
+        assert torch.allclose(gpt(x, y)[1], plain, rtol=1e-6)
+        each = gpt.token_losses(gpt.features(x).flatten(0, 1), y.flatten())
+        assert torch.equal(each == 0, y.flatten() == mark)
+
+
+def test_the_compiled_loss_ignores_targets_too():
+    weight, x = torch.randn(96, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
+    y = tokens(40).where(tokens(40, vocab=3, seed=2) > 0, -100)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def loss_of(x, weight, y):
+        return LinearCrossEntropy.apply(x, weight, y, F.linear)
+
+    gradients = [torch.autograd.grad(loss, (x, weight))
+                 for loss in (loss_of(x, weight, y), F.cross_entropy(x @ weight.t(), y))]
+    for ours, theirs in zip(*gradients):
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_a_batch_without_a_target_has_the_loss_nan_and_no_gradient(gpt):
+    """As in F.cross_entropy."""
+    x, y = tokens(2, 8), torch.full((2, 8), -100)
+    _, loss = gpt(x, y)
+    loss.backward()
+    assert loss.isnan() and all((p.grad == 0).all() for p in gpt.parameters())
+    with torch.no_grad():
+        assert gpt(x, y)[1].isnan()
+
+
+def test_a_negative_target_that_means_nothing_is_refused(gpt):
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), pytest.raises(RuntimeError, match="out of bounds"):
+            gpt(tokens(2, 8), torch.full((2, 8), -2))
+
+
+def test_the_mean_over_all_targets_is_left_as_it_is():
+    """Multiplied and divided by their number it could be another one."""
+    mean = torch.tensor(0.1)
+    assert mean * 13 / 13 != mean
+    assert torch.equal(loss_module.mean_of_counted(mean, torch.ones(13, dtype=torch.bool)), mean)
+
+
 def test_the_whole_training_pass_is_one_graph(gpt, monkeypatch):
     """A GPU compiles the loss with the rest: neither it nor its slices break the graph."""
     monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 100 * 96)
