@@ -33,7 +33,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     The loss is the last thing computed, so its gradient with respect to x and weight does not depend on
     anything later: each slice of logits is turned into gradients at once and dropped. Nothing is computed
-    twice. The backward pass scales the gradients in place, so it can run once only.
+    twice. The backward pass scales the gradients in place, so it can run once only, and has no derivative.
     Targets of -100 and -1 do not count (`split_ignored`); if none counts, the loss is nan and its gradient 0.
 
     head: the matmul x @ weight.T; the gradients below are those of this function.
@@ -73,6 +73,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # with create_graph=True, but dx and dw were computed without a graph
+            raise RuntimeError("the loss of model(idx, targets) has no second derivative: compute it with "
+                               "F.cross_entropy from model(idx)[0], and run that model, uncompiled, under "
+                               "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
         dx, dw, counts = ctx.saved_tensors
         scale = mean_of_counted(grad / len(dx), counts, at_least=1)
         return dx.mul_(scale).to(ctx.x_dtype), dw.mul_(scale), None, None

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_module
 from kit import loss as loss_module
@@ -194,7 +195,7 @@ def test_ignored_targets_do_not_count(gpt, monkeypatch, mark):
         assert torch.equal(each == 0, y.flatten() == mark)
 
 
-def test_the_compiled_loss_ignores_targets_too():
+def test_the_compiled_loss_ignores_targets_and_refuses_a_second_derivative_too():
     weight, x = torch.randn(96, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
     y = tokens(40).where(tokens(40, vocab=3, seed=2) > 0, -100)
 
@@ -206,6 +207,8 @@ def test_the_compiled_loss_ignores_targets_too():
                  for loss in (loss_of(x, weight, y), F.cross_entropy(x @ weight.t(), y))]
     for ours, theirs in zip(*gradients):
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+    with pytest.raises(RuntimeError, match="create_graph|double backward"):  # torch's own words
+        torch.autograd.grad(loss_of(x, weight, y), x, create_graph=True)[0].square().sum().backward()
 
 
 def test_a_batch_without_a_target_has_the_loss_nan_and_no_gradient(gpt):
@@ -229,6 +232,17 @@ def test_the_mean_over_all_targets_is_left_as_it_is():
     mean = torch.tensor(0.1)
     assert mean * 13 / 13 != mean
     assert torch.equal(loss_module.mean_of_counted(mean, torch.ones(13, dtype=torch.bool)), mean)
+
+
+def test_a_second_derivative_of_the_loss_is_refused(gpt):
+    """It would silently lack the terms that lead through the gradients."""
+    x, y = tokens(2, 8), tokens(2, 8, seed=1)
+    with pytest.raises(RuntimeError, match="no second derivative.*F.cross_entropy"):
+        gpt(x, y)[1].backward(create_graph=True)
+    with sdpa_kernel(SDPBackend.MATH):  # the remedy that the message names
+        loss = plain_loss(gpt, x, y)
+    gradients = torch.autograd.grad(loss, list(gpt.parameters()), create_graph=True)
+    sum(gradient.square().sum() for gradient in gradients).backward()
 
 
 def test_the_whole_training_pass_is_one_graph(gpt, monkeypatch):
