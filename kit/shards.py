@@ -27,6 +27,8 @@ MANIFEST = "manifest.json"
 VERIFIED = ".verified.json"  # size and time of each shard when its digest was last checked
 FORMAT = "uint16 token shards, version 1"
 SHARD_NAME = re.compile(r"_(train|val)(?:_(\d{6}))?\.(npy|bin)$")  # llm.c's small ones have no number
+# directories in which build-nanogpt and modded-nanogpt look for shards, and the prefix that they look for
+PREFIXES = {"edu_fineweb10B": "edufineweb", "fineweb10B": "fineweb", "finewebedu10B": "finewebedu"}
 BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 256  # llm.c's header: magic, version, number of ids; int32
 
 # writing
@@ -106,7 +108,7 @@ class ShardWriter:
 
     def __init__(self, data_dir, manifest):
         self.data_dir, self.manifest = data_dir, manifest
-        self.prefix = "edufineweb" if data_dir.name == "edu_fineweb10B" else data_dir.resolve().name
+        self.prefix = PREFIXES.get(data_dir.name) or data_dir.resolve().name
         self.start = tuple(manifest["next"])  # earlier ids are in finished shards
         self.shards = []  # not published yet; the last one takes the next ids
         self.added = []  # (file, batch, number of ids) of their contents, while they may have to be cut again
@@ -241,8 +243,9 @@ def tokenizer_of(data_dir):
 def source_of(data_dir):
     """What a directory's shards were made from, according to its manifest or their names: a dict, or {}."""
     manifest = read_manifest(data_dir)
-    if manifest is None:  # build-nanogpt and llm.c give FineWeb-Edu's shards these names
-        known = all(re.match("edu_?fineweb_", path.name) for path, _ in open_shards(data_dir, "train"))
+    if manifest is None:  # build-nanogpt, llm.c and modded-nanogpt give FineWeb-Edu's shards these names
+        names = [path.name for path, _ in open_shards(data_dir, "train")]
+        known = all(re.match("edu_?fineweb_|finewebedu_", name) for name in names)
         return {"dataset": DATASETS["fineweb-edu"][0], "known": "by the shards' names"} if known else {}
     source = manifest["source"]
     # a hub dataset's revision determines its files
