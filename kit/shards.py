@@ -26,7 +26,7 @@ from kit.sources import DATASETS
 MANIFEST = "manifest.json"
 VERIFIED = ".verified.json"  # size and time of each shard when its digest was last checked
 FORMAT = "uint16 token shards, version 1"
-SHARD_NAME = re.compile(r"_(train|val)(?:_(\d{6}))?\.(npy|bin)$")  # llm.c's small ones have no number
+SHARD_NAME = re.compile(r"(?:^|_)(train|val)(?:_(\d{1,9}))?\.(npy|bin)$")  # llm.c's small ones have no number
 # directories in which build-nanogpt and modded-nanogpt look for shards, and the prefix that they look for
 PREFIXES = {"edu_fineweb10B": "edufineweb", "fineweb10B": "fineweb", "finewebedu10B": "finewebedu"}
 BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 256  # llm.c's header: magic, version, number of ids; int32
@@ -264,6 +264,30 @@ def identity(data_dir):
 # reading
 
 
+def shard_key(name):
+    """What a shard is, according to its name: (split, number or 0, suffix); None if it is no shard."""
+    match = SHARD_NAME.search(name)
+    return match and (match[1], int(match[2] or 0), match[3])
+
+
+def find_shards(data_dir):
+    """The shards of a directory by their keys. Raises UserError if two have the same."""
+    found = {}
+    for path in sorted(Path(data_dir).glob("*")):
+        key = shard_key(path.name)
+        if key in found:
+            raise UserError(f"{found[key]} and {path.name} are {key[0]} shards with the same number, or "
+                            "without one: a directory takes one data set; move one of them elsewhere")
+        if key:
+            found[key] = path
+    return found
+
+
+def listed_shards(manifest):
+    """The entries of a manifest, or of none, by the keys of their shards: the prefix may have changed."""
+    return {shard_key(shard["file"]): shard for shard in manifest["shards"]} if manifest else {}
+
+
 def open_shards(data_dir, split):
     """The shards of a split in order, memory-mapped: a list of (path, uint16 array).
 
@@ -275,24 +299,24 @@ def open_shards(data_dir, split):
     if manifest is not None and not manifest["complete"]:
         raise UserError(f"{data_dir}: its preparation was interrupted; "
                         "run the same fineweb_edu.py command again")
-    found = {path.name: path for path in data_dir.glob("*") if SHARD_NAME.search(path.name)}
-    expected = {shard["file"]: shard for shard in manifest["shards"]} if manifest else None
-    if expected is not None:
-        for name in sorted(expected.keys() ^ found.keys()):
-            problem = "is missing" if name in expected else f"is not in {MANIFEST}"
-            raise UserError(f"{data_dir / name} {problem}; prepare the data again, or restore it")
-    names = sorted(name for name in found if SHARD_NAME.search(name).group(1) == split)
-    if not names:
+    found, listed = find_shards(data_dir), listed_shards(manifest)
+    if manifest is not None:
+        problems = [f"{data_dir / shard['file']} is missing"
+                    for key, shard in listed.items() if key not in found]
+        problems += [f"{path} is not in {MANIFEST}" for key, path in found.items() if key not in listed]
+        if problems:
+            raise UserError(f"{problems[0]}; prepare the data again, or restore it")
+    keys = sorted(key for key in found if key[0] == split)
+    if not keys:
         raise UserError(f"no {split} shards in {data_dir}: python fineweb_edu.py makes them from a dataset "
                         f"(--dataset NAME) or from your files (--input FILE --data_dir {data_dir})")
-    if len({SHARD_NAME.search(name).group(3) for name in names}) > 1:
+    if len({suffix for _, _, suffix in keys}) > 1:
         raise UserError(f"{data_dir} contains {split} shards as .npy and as .bin: remove one kind")
-    numbers = [int(SHARD_NAME.search(name).group(2) or 0) for name in names]
-    for before, after in zip(numbers, numbers[1:]):
+    for (_, before, _), (_, after, _) in zip(keys, keys[1:]):
         if after != before + 1:
             raise UserError(f"{data_dir}: {split} shard {before + 1:06d} is missing "
                             f"between {before:06d} and {after:06d}")
-    return [(found[name], open_shard(found[name], expected and expected[name])) for name in names]
+    return [(found[key], open_shard(found[key], listed.get(key))) for key in keys]
 
 
 def open_shard(path, expected=None):
@@ -340,12 +364,13 @@ def check_digest(path, expected):
 
 def verify_changed(data_dir):
     """Check the digests of the shards that changed since their last check. Raises UserError."""
-    manifest, verified_path, verified, now = read_manifest(data_dir), Path(data_dir) / VERIFIED, {}, {}
+    manifest, found = read_manifest(data_dir), find_shards(data_dir)
+    verified_path, verified, now = Path(data_dir) / VERIFIED, {}, {}
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         verified = dict(json.loads(verified_path.read_text(encoding="utf-8")))
-    for shard in manifest["shards"] if manifest else []:
-        stat = (Path(data_dir) / shard["file"]).stat()
-        now[shard["file"]] = [shard["digest"], stat.st_size, stat.st_mtime_ns]
+    for key, shard in listed_shards(manifest).items():
+        stat = found[key].stat()
+        now[found[key].name] = [shard["digest"], stat.st_size, stat.st_mtime_ns]
     changed = [name for name in now if now[name] != verified.get(name)]
     if changed:
         print(f"{data_dir}: verifying {len(changed)} shards, once", flush=True)
@@ -365,8 +390,7 @@ def verify(data_dir):
     total = 0
     for split in ("val", "train"):
         for path, tokens in open_shards(data_dir, split):
-            entry = next(shard for shard in manifest["shards"] if shard["file"] == path.name)
-            check_digest(path, entry["digest"])
+            check_digest(path, listed_shards(manifest)[shard_key(path.name)]["digest"])
             if len(tokens) and tokens.max() >= manifest["num_tokens"]:
                 offset = int((tokens >= manifest["num_tokens"]).argmax())
                 raise UserError(f"{path} contains id {tokens[offset]} at offset {offset}, but the "
