@@ -30,6 +30,10 @@ SHARD_NAME = re.compile(r"(?:^|_)(train|val)(?:_(\d{1,9}))?\.(npy|bin)$")  # llm
 # directories in which build-nanogpt and modded-nanogpt look for shards, and the prefix that they look for
 PREFIXES = {"edu_fineweb10B": "edufineweb", "fineweb10B": "fineweb", "finewebedu10B": "finewebedu"}
 BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 256  # llm.c's header: magic, version, number of ids; int32
+OTHER_MAGICS = {  # of llm.c's other .bin files
+    20240801: "a shard of Llama 3's 32-bit ids", 20240522: "a file of multiple-choice questions",
+    20240326: "a model", 20240327: "a record of a model's activations", 20240328: "a tokenizer",
+}
 
 # writing
 
@@ -326,10 +330,13 @@ def open_shard(path, expected=None):
     size = path.stat().st_size
     if expected and size != expected["bytes"]:
         raise UserError(f"{path} has {size} bytes, its manifest says {expected['bytes']}; prepare it again")
-    try:
-        tokens = open_bin(path) if path.suffix == ".bin" else np.load(path, "r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a complete {path.suffix} file ({error}); get it again") from error
+    if path.suffix == ".bin":
+        tokens = open_bin(path)
+    else:
+        try:
+            tokens = np.load(path, "r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{path} is not a complete .npy file ({error}); get it again") from error
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise UserError(f"{path} contains {tokens.ndim}-D {tokens.dtype}, not 1-D uint16; prepare it again")
     if expected and len(tokens) != expected["tokens"]:
@@ -338,18 +345,22 @@ def open_shard(path, expected=None):
 
 
 def open_bin(path):
-    """The ids of a .bin shard, memory-mapped. Raises ValueError if it is none."""
+    """The ids of a .bin shard, memory-mapped. Raises UserError if it is none or incomplete."""
     import numpy as np
 
     start, size = 4 * BIN_HEADER, path.stat().st_size
     if size < start:
-        raise ValueError(f"it has {size} bytes, fewer than its header")
-    magic, version, count = np.fromfile(path, dtype="<i4", count=3)
+        raise UserError(f"{path} has {size} bytes, fewer than its header; get it again")
+    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
+    if magic in OTHER_MAGICS:
+        raise UserError(f"{path} is {OTHER_MAGICS[magic]} (llm.c's header {magic}, {version}), not a shard "
+                        "of 16-bit ids: move it elsewhere; python fineweb_edu.py makes shards from text")
     if (magic, version) != (BIN_MAGIC, BIN_VERSION):
-        raise ValueError(f"its header is {magic}, {version}; GPT-2's of llm.c is {BIN_MAGIC}, {BIN_VERSION}")
+        raise UserError(f"{path} is not a shard of llm.c: its header is {magic}, {version}, not {BIN_MAGIC}, "
+                        f"{BIN_VERSION}; get it again")
     if size != start + 2 * count:
-        raise ValueError(f"it has {size} bytes, its header says {start + 2 * count}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(int(count),))
+        raise UserError(f"{path} has {size} bytes, its header says {start + 2 * count}; get it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
 
 
 # verifying

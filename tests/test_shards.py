@@ -4,18 +4,41 @@ import os
 import shutil
 
 import make
+import numpy as np
 import pytest
 from runs import copy_run, train
 
 from fineweb_edu import prepare
 from kit.files import UserError
-from kit.shards import open_shards, source_of, verify
+from kit.shards import open_bin, open_shards, source_of, verify
 
 
 def rename(directory, old, new):
     """Rename the shards whose names contain `old`."""
     for path in list(directory.glob(f"*{old}*")):
         path.rename(directory / path.name.replace(old, new))
+
+
+@pytest.mark.parametrize("name, numbers, words", [
+    ("x_train.bin", [20240801, 7, 500], "Llama 3"),
+    ("x_train.bin", [20240326, 3, 1024], "is a model"),
+    ("x_train.bin", [20240328, 2, 50257], "is a tokenizer"),
+    ("hellaswag_val.bin", [20240522, 1, 10042], "multiple-choice"),
+    ("x_train.bin", [20240520, 2, 500], "20240520, 2, not 20240520, 1"),
+])
+def test_a_bin_file_of_another_kind_is_refused_as_what_it_is(tmp_path, name, numbers, words):
+    (tmp_path / name).write_bytes(np.array(numbers + [0] * 600, dtype=np.int32).tobytes())
+    with pytest.raises(UserError, match=f"{name}.*{words}"):
+        open_bin(tmp_path / name)
+
+
+def test_a_shard_of_more_than_a_billion_ids_is_opened(tmp_path):
+    """llm.c allows up to 2**31; twice the count has no place in 32 bits."""
+    count = 2**30 + 5
+    path = tmp_path / "x_train.bin"
+    path.write_bytes(np.array([20240520, 1, count], dtype=np.int32).tobytes())
+    os.truncate(path, 1024 + 2 * count)  # a hole: it takes no space on the disk
+    assert open_bin(path).shape == (count,)
 
 
 def test_two_data_sets_in_one_directory_are_both_named(tmp_path):
