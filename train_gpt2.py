@@ -24,6 +24,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("run").add_argument
     add("--data_dir", default="edu_fineweb10B", help="directory of shards made by fineweb_edu.py")
+    add("--data_tokenizer", metavar="NAME", help="of shards without a manifest: gpt2, or a tokenizer.json")
     add("--demo_data", action=switch, default=False,
         help="first make data_dir from Python's own documentation")
     add("--log_dir", default="log", help="directory of log.txt, run.json and the checkpoints")
@@ -80,7 +81,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -216,20 +216,16 @@ def open_data(args, ranks):
     if args.demo_data:
         with ranks.first_goes_ahead():
             fineweb_edu.prepare_demo(args.data_dir)
-    verified = shards.read_manifest(args.data_dir) is not None
-    tokenizer_name, tokenizer, num_tokens = open_tokenizer(args, ranks, verified)
+    tokenizer_name, tokenizer, num_tokens = open_tokenizer(args, ranks)
 
-    settings = dict(data_dir=args.data_dir, seed=args.seed, vocab_size=num_tokens)
     train, val = (DataLoaderLite(args.micro_batch_size, args.sequence_length, ranks.rank, ranks.world_size,
-                                 split, **settings) for split in ("train", "val"))
+                                 split, args.data_dir, args.seed, num_tokens) for split in ("train", "val"))
     with ranks.first_goes_ahead():
         if ranks.is_first:
             shards.verify_changed(args.data_dir)
     if num_tokens > args.vocab_size and not args.init_from:
         raise UserError(f"--vocab_size {args.vocab_size}: the shards of {args.data_dir} were encoded with "
                         f"{num_tokens} ids")
-    if not verified:
-        ranks.say(f"{args.data_dir} has no manifest: its shards can't be verified")
     val_windows = min(args.val_tokens // args.sequence_length, val.num_windows)
     if val_windows < args.val_tokens // args.sequence_length:
         ranks.say(f"the val split has {val_windows * args.sequence_length:,} tokens, fewer than --val_tokens")
@@ -237,17 +233,20 @@ def open_data(args, ranks):
     examples = load_hellaswag(args, ranks) if tokenizer and args.hellaswag_every else None
     if ranks.max(examples is None):  # all ranks evaluate, or none
         examples = None
-    identity = dict(data=shards.identity(args.data_dir), tokenizer=Path(tokenizer_name).name)
+    identity = shards.identity(args.data_dir, tokenizer_name)
     return Data(train, val, val_windows, tokenizer_name, tokenizer, num_tokens, examples, identity)
 
 
-def open_tokenizer(args, ranks, verified):
-    """The tokenizer of the shards: (its name, the tiktoken.Encoding or None, its number of ids).
-
-    verified: whether the shards have a manifest, which names their tokenizer.
-    """
-    name, tokenizer, problem = shards.tokenizer_of(args.data_dir), None, "a rank lacks the tokenizer"
-    if not verified and args.vocab_size < GPT2_TOKENS and not args.init_from:
+def open_tokenizer(args, ranks):
+    """The tokenizer of the shards: (its name, the tiktoken.Encoding or None, its number of ids)."""
+    name = shards.tokenizer_of(args.data_dir, args.data_tokenizer)
+    tokenizer, problem = None, "a rank lacks the tokenizer"
+    verified = shards.read_manifest(args.data_dir) is not None
+    known = verified or args.data_tokenizer or args.init_from or args.vocab_size >= GPT2_TOKENS
+    if not verified:
+        ranks.say(f"{args.data_dir} has no manifest: its shards can't be verified, and their tokenizer is "
+                  + (f"assumed to be {name}" if known else "unknown"))
+    if not known:
         num_tokens, problem = args.vocab_size, f"{args.data_dir} does not name the tokenizer of its shards"
     else:
         with ranks.first_goes_ahead():

@@ -3,6 +3,7 @@
 A shard is a .npy file of uint16 ids, or a .bin file as llm.c and modded-nanogpt write and read them. The
 shards of a directory are one stream: <|endoftext|>, a document, <|endoftext|>, the next document, ... The
 first ids of the stream are the val split. manifest.json has the source of the shards and their digests.
+Shards of other programs have none; nanoGPT's train.bin and val.bin are read too, but not written.
 """
 
 import contextlib
@@ -26,7 +27,9 @@ from kit.sources import DATASETS
 MANIFEST = "manifest.json"
 VERIFIED = ".verified.json"  # size and time of each shard when its digest was last checked
 FORMAT = "uint16 token shards, version 1"
-SHARD_NAME = re.compile(r"(?:^|_)(train|val)(?:_(\d{1,9}))?\.(npy|bin)$")  # llm.c's small ones have no number
+# llm.c's small data sets have no number, nanoGPT's no prefix either
+SHARD_NAME = re.compile(r"(?:^|_)(train|val)(?:_(\d{1,9}))?\.(npy|bin)$")
+RAW_NAMES = ("train.bin", "val.bin")  # nanoGPT's: ids without a header
 # directories in which build-nanogpt and modded-nanogpt look for shards, and the prefix that they look for
 PREFIXES = {"edu_fineweb10B": "edufineweb", "fineweb10B": "fineweb", "finewebedu10B": "finewebedu"}
 BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 256  # llm.c's header: magic, version, number of ids; int32
@@ -232,16 +235,35 @@ def read_manifest(data_dir):
         raise UserError(f"{path} can't be used ({error!r}); prepare the data again") from error
 
 
-def tokenizer_of(data_dir):
-    """The tokenizer of a directory's shards: "gpt2", or the path of its tokenizer.json. Raises UserError."""
+def tokenizer_of(data_dir, asked=None):
+    """The tokenizer of a directory's shards: "gpt2", or the path of a tokenizer.json. Raises UserError.
+
+    asked: the user's --data_tokenizer. Shards without a manifest need it if they are nanoGPT's; for others it
+    is GPT-2's by default.
+    """
+    data_dir, name = Path(data_dir), "gpt2"
     manifest = read_manifest(data_dir)
-    if manifest is None or manifest["tokenizer"] == "gpt2":
-        return "gpt2"
-    path = Path(data_dir) / manifest["tokenizer"]["file"]
-    if not path.is_file() or digest(path) != manifest["tokenizer"]["digest"]:
-        raise UserError(f"{path} is missing, or is not the tokenizer that encoded these shards; "
-                        "prepare the data again")
-    return str(path)
+    if manifest is None:
+        raw = [path for split in ("train", "val") for path, _ in open_shards(data_dir, split) if is_raw(path)]
+        if raw and (data_dir / "meta.pkl").exists():
+            raise UserError(f"{data_dir}/meta.pkl: nanoGPT gave each character an id, and only this pickle, "
+                            "which is never opened, lists them. Encode the text again: python fineweb_edu.py "
+                            f"--input {data_dir}/input.txt --data_dir {data_dir}_shards [--tokenizer FILE]")
+        if raw and asked is None:
+            raise UserError(f"{raw[0]} does not name its tokenizer: add --data_tokenizer gpt2 if nanoGPT's "
+                            "data/openwebtext/prepare.py or data/shakespeare/prepare.py wrote it, otherwise "
+                            "--data_tokenizer FILE with the tokenizer.json that encoded it")
+        return asked or name
+    if manifest["tokenizer"] != "gpt2":
+        path = data_dir / manifest["tokenizer"]["file"]
+        if not path.is_file() or digest(path) != manifest["tokenizer"]["digest"]:
+            raise UserError(f"{path} is missing, or is not the tokenizer that encoded these shards; "
+                            "prepare the data again")
+        name = str(path)
+    if asked not in (None, name):
+        raise UserError(f"--data_tokenizer {asked}: {data_dir / MANIFEST} says that {name} encoded these "
+                        "shards; omit the flag")
+    return name
 
 
 def source_of(data_dir):
@@ -256,13 +278,17 @@ def source_of(data_dir):
     return {key: value for key, value in source.items() if value and not (key == "files" and "ref" in source)}
 
 
-def identity(data_dir):
-    """A text that changes with the shards of a directory, wherever the directory is."""
-    manifest = Path(data_dir) / MANIFEST
-    if manifest.exists():
-        return digest(manifest)
+def identity(data_dir, tokenizer):
+    """What tells a directory's shards and their tokenizer from others, wherever they are: a dict of texts.
+
+    tokenizer: as `tokenizer_of` returns it.
+    """
+    manifest, name = Path(data_dir) / MANIFEST, Path(tokenizer).name
+    if manifest.exists():  # it has the tokenizer's digest too
+        return {"data": digest(manifest), "tokenizer": name}
     shards = sorted(path for path in Path(data_dir).glob("*") if SHARD_NAME.search(path.name))
-    return "unverified: " + ", ".join(f"{path.name} {path.stat().st_size}" for path in shards)
+    return {"data": "unverified: " + ", ".join(f"{path.name} {path.stat().st_size}" for path in shards),
+            "tokenizer": name if tokenizer == "gpt2" else f"{name} {digest(tokenizer)}"}
 
 
 # reading
@@ -344,11 +370,24 @@ def open_shard(path, expected=None):
     return tokens
 
 
+def is_raw(path):
+    """Whether a shard is nanoGPT's: uint16 ids and nothing else, under one of its names."""
+    if path.name not in RAW_NAMES:
+        return False
+    with open(path, "rb") as file:
+        magic = int.from_bytes(file.read(4), "little")  # as ids, all magics are beyond GPT-2's vocabulary
+    return magic not in (BIN_MAGIC, *OTHER_MAGICS)
+
+
 def open_bin(path):
     """The ids of a .bin shard, memory-mapped. Raises UserError if it is none or incomplete."""
     import numpy as np
 
     start, size = 4 * BIN_HEADER, path.stat().st_size
+    if is_raw(path):
+        if size == 0 or size % 2:
+            raise UserError(f"{path} has {size} bytes, no whole number of 16-bit ids; get it again")
+        return np.memmap(path, dtype="<u2", mode="r")
     if size < start:
         raise UserError(f"{path} has {size} bytes, fewer than its header; get it again")
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
@@ -357,7 +396,7 @@ def open_bin(path):
                         "of 16-bit ids: move it elsewhere; python fineweb_edu.py makes shards from text")
     if (magic, version) != (BIN_MAGIC, BIN_VERSION):
         raise UserError(f"{path} is not a shard of llm.c: its header is {magic}, {version}, not {BIN_MAGIC}, "
-                        f"{BIN_VERSION}; get it again")
+                        f"{BIN_VERSION}. nanoGPT's files, which have none, must be train.bin and val.bin")
     if size != start + 2 * count:
         raise UserError(f"{path} has {size} bytes, its header says {start + 2 * count}; get it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))

@@ -121,6 +121,14 @@ def write_shards(folder, prefix="x", **shards):
     return folder
 
 
+def write_raw(folder, **splits):
+    """Shards as nanoGPT writes them, in a new folder: write_raw(folder, train=ids, val=ids)."""
+    folder.mkdir()
+    for split, ids in splits.items():
+        np.asarray(ids, dtype=np.uint16).tofile(folder / f"{split}.bin")
+    return folder
+
+
 def copy_shards(shards, to, manifest=True):
     """Copy a directory of shards, on request as build-nanogpt leaves them: without any .json file."""
     return shutil.copytree(shards, to, ignore=shutil.ignore_patterns(".*", *([] if manifest else ["*.json"])))

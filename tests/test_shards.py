@@ -6,11 +6,21 @@ import shutil
 import make
 import numpy as np
 import pytest
-from runs import copy_run, train
+from runs import assert_refused, copy_run, flags_of, run_here, train
 
+import checkpoint
+import train_gpt2
 from fineweb_edu import prepare
 from kit.files import UserError
-from kit.shards import open_bin, open_shards, source_of, verify
+from kit.shards import open_bin, open_shards, source_of, tokenizer_of, verify
+
+
+@pytest.fixture(scope="module")
+def raw(shards, tmp_path_factory):
+    """The ids of the `shards` fixture as nanoGPT's train.bin and val.bin."""
+    splits = {split: np.concatenate([ids for _, ids in open_shards(shards, split)])
+              for split in ("train", "val")}
+    return make.write_raw(tmp_path_factory.mktemp("nanoGPT") / "data", **splits)
 
 
 def rename(directory, old, new):
@@ -19,12 +29,90 @@ def rename(directory, old, new):
         path.rename(directory / path.name.replace(old, new))
 
 
+# ---------------------------------------------------------------------------------------- nanoGPT's two files
+
+
+def test_nanogpts_files_train_with_the_tokenizer_that_the_flag_names(raw, learned, tmp_path, capsys):
+    log = train(raw, tmp_path / "raw", "--data_tokenizer", learned)
+    assert f"no manifest: its shards can't be verified, and their tokenizer is assumed to be {learned}" in (
+        capsys.readouterr().out)
+    with_header = tmp_path / "header"
+    with_header.mkdir()
+    for path in raw.iterdir():  # the same ids as llm.c writes them
+        ids = path.read_bytes()
+        header = np.array([20240520, 1, len(ids) // 2, *[0] * 253], dtype=np.int32)
+        (with_header / f"x_{path.name}").write_bytes(header.tobytes() + ids)
+    assert train(with_header, tmp_path / "log", "--data_tokenizer", learned) == log and len(log) > 40
+    assert checkpoint.load_model_and_tokenizer(tmp_path / "raw")[1].n_vocab == 512
+
+
+def test_nanogpts_files_do_not_train_without_a_tokenizer(raw, tmp_path):
+    process = run_here(train_gpt2, *flags_of(raw, tmp_path / "log"))
+    assert_refused(process, raw / "train.bin", "--data_tokenizer gpt2", "data/openwebtext/prepare.py")
+    process = run_here(train_gpt2, *flags_of(raw, tmp_path / "log", "--data_tokenizer", "gpt2"))
+    assert_refused(process, "--vocab_size 512", "50257 ids")
+    process = run_here(train_gpt2, *flags_of(raw, tmp_path / "log", "--data_tokenizer", "none.json"))
+    assert_refused(process, "no tokenizer none.json")
+
+
+def test_a_resume_notices_another_tokenizer(raw, learned, tmp_path):
+    train(raw, tmp_path / "log", "--data_tokenizer", learned, "--max_steps", 4)
+    other = shutil.copy(learned, tmp_path / "tokenizer.json")
+    train(raw, tmp_path / "log", "--data_tokenizer", other, "--max_steps", 4, "--resume")  # its place is free
+    with open(other, "a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="tokenizer 'tokenizer.json .* -> .*; use another --log_dir"):
+        train(raw, tmp_path / "log", "--data_tokenizer", other, "--max_steps", 4, "--resume")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0", b"\1\0\2\0\3"])
+def test_a_damaged_file_of_nanogpt_is_refused(tmp_path, content):
+    make.write_raw(tmp_path / "data", train=range(100), val=range(100))
+    (tmp_path / "data" / "val.bin").write_bytes(content)
+    with pytest.raises(UserError, match=f"val.bin has {len(content)} bytes, no whole number"):
+        open_shards(tmp_path / "data", "val")
+
+
+def test_a_file_with_nanogpts_name_and_a_header_is_read_by_its_header(tmp_path):
+    header = np.array([20240520, 1, 5, *[0] * 253], dtype=np.int32).tobytes()
+    (tmp_path / "train.bin").write_bytes(header + np.arange(5, dtype=np.uint16).tobytes())
+    assert open_bin(tmp_path / "train.bin").tolist() == [0, 1, 2, 3, 4]
+    (tmp_path / "train.bin").write_bytes(header[:-2])
+    with pytest.raises(UserError, match="fewer than its header"):
+        open_bin(tmp_path / "train.bin")
+
+
+# --------------------------------------------------------------------------------------- the tokenizer's name
+
+
+def test_the_flag_can_not_contradict_the_manifest(shards, whole, tmp_path):
+    process = run_here(train_gpt2, *flags_of(shards, tmp_path / "log", "--data_tokenizer", "gpt2"))
+    assert_refused(process, "--data_tokenizer gpt2", shards / "manifest.json", "omit the flag")
+    assert tokenizer_of(shards, str(shards / "tokenizer.json")) == str(shards / "tokenizer.json")
+
+
+def test_the_assumed_tokenizer_is_named(shards, tmp_path, capsys, faults):
+    make.copy_shards(shards, tmp_path / "data", manifest=False)
+    faults.without_vocabulary()
+    train(tmp_path / "data", tmp_path / "log", "--max_steps", 1, "--vocab_size", 50304)
+    assert "their tokenizer is assumed to be gpt2" in capsys.readouterr().out
+    train(tmp_path / "data", tmp_path / "other", "--max_steps", 1)
+    assert "their tokenizer is unknown" in capsys.readouterr().out
+    process = run_here(train_gpt2, *flags_of(tmp_path / "none", tmp_path / "log2"))
+    assert_refused(process, "no train shards")
+    assert process.stdout == ""
+
+
+# --------------------------------------------------------------------------------------- files of other kinds
+
+
 @pytest.mark.parametrize("name, numbers, words", [
-    ("x_train.bin", [20240801, 7, 500], "Llama 3"),
+    ("x_train.bin", [20240801, 7, 500], "Llama 3"), ("train.bin", [20240801, 7, 500], "Llama 3"),
     ("x_train.bin", [20240326, 3, 1024], "is a model"),
     ("x_train.bin", [20240328, 2, 50257], "is a tokenizer"),
     ("hellaswag_val.bin", [20240522, 1, 10042], "multiple-choice"),
     ("x_train.bin", [20240520, 2, 500], "20240520, 2, not 20240520, 1"),
+    ("openwebtext_train.bin", [198, 50256, 11], "must be train.bin and val.bin"),
 ])
 def test_a_bin_file_of_another_kind_is_refused_as_what_it_is(tmp_path, name, numbers, words):
     (tmp_path / name).write_bytes(np.array(numbers + [0] * 600, dtype=np.int32).tobytes())
@@ -46,6 +134,9 @@ def test_two_data_sets_in_one_directory_are_both_named(tmp_path):
     make.write_shards(tmp_path, "TinyStories", train=range(9))
     with pytest.raises(UserError, match="TinyStories_train.npy and tiny_shakespeare_train.npy are train"):
         open_shards(tmp_path, "train")
+
+
+# ----------------------------------------------------------------------------------------------------- names
 
 
 @pytest.mark.parametrize("directory, prefix", [

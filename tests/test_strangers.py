@@ -6,11 +6,12 @@ import re
 import make
 import pytest
 import torch
-from runs import assert_refused, copy_run, run_here, run_script, sources, train
+from runs import assert_refused, copy_run, flags_of, run_here, run_script, sources, train
 from safetensors.torch import load_file, save
 
 import checkpoint
 import hellaswag
+import train_gpt2
 from kit.files import UserError
 
 
@@ -71,6 +72,14 @@ def test_a_run_never_loads_a_shard_that_is_a_pickle(shards, tmp_path, attack):
     (data / "manifest.json").unlink()
     with pytest.raises(UserError):
         train(data, tmp_path / "new")
+
+
+def test_nanogpts_meta_pkl_is_never_loaded(tmp_path, attack):
+    make.write_raw(tmp_path / "char", train=range(60), val=range(60))
+    (tmp_path / "char" / "meta.pkl").write_bytes(attack)
+    for flags in ([], ["--data_tokenizer", "gpt2"]):
+        process = run_here(train_gpt2, *flags_of(tmp_path / "char", tmp_path / "log", *flags))
+        assert_refused(process, "meta.pkl", "python fineweb_edu.py --input", "char/input.txt")
 
 
 def test_no_unsafe_load_in_the_sources():
