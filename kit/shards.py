@@ -22,7 +22,7 @@ from kit.files import (
     publish,
     temporary_path,
 )
-from kit.sources import DATASETS
+from kit.sources import DATASETS, TEXTS
 
 MANIFEST = "manifest.json"
 VERIFIED = ".verified.json"  # size and time of each shard when its digest was last checked
@@ -327,8 +327,8 @@ def open_shards(data_dir, split):
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)
     if manifest is not None and not manifest["complete"]:
-        raise UserError(f"{data_dir}: its preparation was interrupted; "
-                        "run the same fineweb_edu.py command again")
+        raise UserError(f"{data_dir}: its preparation is not complete; if it was interrupted, run the same "
+                        "fineweb_edu.py command again")
     found, listed = find_shards(data_dir), listed_shards(manifest)
     if manifest is not None:
         problems = [f"{data_dir / shard['file']} is missing"
@@ -338,8 +338,12 @@ def open_shards(data_dir, split):
             raise UserError(f"{problems[0]}; prepare the data again, or restore it")
     keys = sorted(key for key in found if key[0] == split)
     if not keys:
-        raise UserError(f"no {split} shards in {data_dir}: python fineweb_edu.py makes them from a dataset "
-                        f"(--dataset NAME) or from your files (--input FILE --data_dir {data_dir})")
+        name = Path(data_dir).name
+        source = f" --dataset {name}" if name in (*DATASETS, *TEXTS) else f" --input FILE --data_dir {data_dir}"
+        if name == "edu_fineweb10B":
+            source = ""
+        raise UserError(f"no {split} shards in {data_dir}: `python fineweb_edu.py{source}` makes them, "
+                        "`python train_gpt2.py @configs/demo.txt` trains without")
     if len({suffix for _, _, suffix in keys}) > 1:
         raise UserError(f"{data_dir} contains {split} shards as .npy and as .bin: remove one kind")
     for (_, before, _), (_, after, _) in zip(keys, keys[1:]):
@@ -423,7 +427,7 @@ def verify_changed(data_dir):
         now[found[key].name] = [shard["digest"], stat.st_size, stat.st_mtime_ns]
     changed = [name for name in now if now[name] != verified.get(name)]
     if changed:
-        print(f"{data_dir}: verifying {len(changed)} shards, once", flush=True)
+        print(f"{data_dir}: checking the digests of {len(changed)} new shards", flush=True)
     for name in changed:
         check_digest(Path(data_dir) / name, now[name][0])
         verified[name] = now[name]
