@@ -203,6 +203,15 @@ class GPT(nn.Module):
         """
         return self.lm_head(x) if weight is None else F.linear(x, weight)
 
+    def loss_logits(self, x, weight=None):
+        """`logits` of (N, C) in fp32, where the padding of the vocabulary gets no probability.
+
+        So the loss is that of an exported model, which has no padding.
+        """
+        logits = self.logits(x, weight).float()
+        logits[:, self.config.num_tokens :] = -torch.inf
+        return logits
+
     def forward(self, idx, targets=None):
         """Token ids idx (B, T) -> logits (B, T, V), None.
 
@@ -217,21 +226,19 @@ class GPT(nn.Module):
     def mean_loss(self, x, targets):
         """Mean cross-entropy, in nats, of the targets (N,) given their features (N, C)."""
         if torch.is_grad_enabled():
-            return LinearCrossEntropy.apply(x, self.lm_head.weight, targets, self.logits)
+            return LinearCrossEntropy.apply(x, self.lm_head.weight, targets, self.loss_logits)
         return mean_of_counted(self.token_losses(x, targets).mean(), split_ignored(targets)[0])
 
     @torch.no_grad()
     def token_losses(self, x, targets):
         """Cross-entropy of each target (N,) given its features (N, C), in nats: (N,). No gradient.
 
-        Targets of -100 and -1 have 0. The padding of the vocabulary gets no probability, as in an exported
-        model, which has no padding.
+        Targets of -100 and -1 have 0.
         """
         losses = torch.empty(len(x), device=x.device)
         counts, targets = split_ignored(targets)
         for rows in row_slices(x, self.config.vocab_size):
-            logits = self.logits(x[rows]).float()  # (n, V)
-            logits[:, self.config.num_tokens :] = -torch.inf
+            logits = self.loss_logits(x[rows])  # (n, V)
             log_probs = torch.log_softmax(logits, dim=-1, out=logits)  # in place: it is large
             losses[rows] = -log_probs.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
         return losses.where(counts, 0)

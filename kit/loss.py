@@ -36,7 +36,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     twice. The backward pass scales the gradients in place, so it can run once only, and has no derivative.
     Targets of -100 and -1 do not count (`split_ignored`); if none counts, the loss is nan and its gradient 0.
 
-    head: the matmul x @ weight.T; the gradients below are those of this function.
+    head: the matmul x @ weight.T in fp32, of which columns may be -inf; the gradients below are those of
+    this function.
     """
 
     @staticmethod
@@ -52,7 +53,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device_type, enabled=False):
             for rows in row_slices(x, len(weight)):
                 x_slice = x[rows].where(keep[rows], 0).to(dtype)  # rows that do not count add 0 to dw
-                logits = head(x_slice, w).float()  # (n, V)
+                logits = head(x_slice, w)  # (n, V)
                 log_probs = torch.log_softmax(logits, dim=-1, out=logits)  # in place: it is large
                 correct = targets[rows].unsqueeze(-1)  # (n, 1)
                 at_correct = log_probs.gather(-1, correct)  # (n, 1)

@@ -338,8 +338,9 @@ def open_shards(data_dir, split):
             raise UserError(f"{problems[0]}; prepare the data again, or restore it")
     keys = sorted(key for key in found if key[0] == split)
     if not keys:
-        name = Path(data_dir).name
-        source = f" --dataset {name}" if name in (*DATASETS, *TEXTS) else f" --input FILE --data_dir {data_dir}"
+        name, source = Path(data_dir).name, f" --input FILE --data_dir {data_dir}"
+        if name in (*DATASETS, *TEXTS):
+            source = f" --dataset {name}"
         if name == "edu_fineweb10B":
             source = ""
         raise UserError(f"no {split} shards in {data_dir}: `python fineweb_edu.py{source}` makes them, "
