@@ -3,13 +3,13 @@
     python fineweb_edu.py                                                  # FineWeb-Edu's sample-10BT (hub)
     python fineweb_edu.py --dataset openwebtext                            # by name, or any other of the hub
     python fineweb_edu.py --input my.txt more.jsonl.gz --data_dir data/my  # local text
+    python fineweb_edu.py --input texts/ "more/*.json.zst"                 # directories, quoted patterns
     python fineweb_edu.py --verify data/my                                 # check shards by their manifest
 
 If a preparation is interrupted, the same command continues after the last complete shard and ends in the same
 bytes. FineWeb-Edu: https://arxiv.org/abs/2406.17557
 """
 
-import argparse
 import contextlib
 import importlib.metadata
 import json
@@ -24,23 +24,23 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from kit import shards, sources
+from kit import formats, shards, sources
 from kit.files import UserError, atomic_write, digest, locked, run_script
-from kit.flags import HelpFormatter, from_command_line, integer
-from kit.sources import DATASETS, TEXTS
+from kit.flags import Parser, from_command_line, integer
+from kit.sources import DATASETS, HUB_ADDRESS, TEXTS
 from tokenizer import get_fast_tokenizer, get_tokenizer, train
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Tokenize FineWeb-Edu, another hub dataset or local files into uint16 shards.",
         usage="python fineweb_edu.py [--input FILE ... | --dataset NAME --name CONFIG | --verify DIR] "
               "[--flag value ...]",
-        formatter_class=HelpFormatter,
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--input", nargs="+", metavar="FILE",
-                        help="local .txt, .jsonl, .jsonl.gz or .parquet files")
+                        help=f"local files ({formats.FORMATS}), directories of them, quoted patterns, "
+                             "or - for standard input")
     source.add_argument("--dataset", default="fineweb-edu",
                         help=f"{', '.join((*DATASETS, *TEXTS))}, or any dataset of the Hugging Face hub")
     source.add_argument("--verify", metavar="DIR", help="check the shards of a directory by its manifest")
@@ -48,7 +48,7 @@ def parse_args(argv=None):
     parser.add_argument("--revision", help="of the dataset: a commit, branch or tag")
     parser.add_argument("--data_dir", help="output directory (default: edu_fineweb10B, or data/NAME)")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or a file made by tokenizer.py")
-    parser.add_argument("--text_column", default="text", help="where .jsonl and .parquet hold the text")
+    formats.add_flags(parser)
     parser.add_argument("--shard_size", type=integer(1), default=10**8, help="tokens per shard")
     parser.add_argument("--val_tokens", type=integer(1),
                         help="tokens of the val split, taken from the start of the stream "
@@ -62,8 +62,9 @@ def parse_args(argv=None):
     for flag in ("name", "revision"):
         if getattr(args, flag) and (args.input or args.dataset in TEXTS):
             parser.error(f"argument --{flag}: only for a --dataset of the hub")
+    formats.check_flags(parser, args, args.input or ())
     if args.data_dir is None:
-        name = Path(args.input[0]).name.partition(".")[0] if args.input else args.dataset.rpartition("/")[2]
+        name = sources.name_of(args.input[0]) if args.input else args.dataset.rpartition("/")[2]
         args.data_dir = "edu_fineweb10B" if name == "fineweb-edu" and not args.input else f"data/{name}"
     if args.dataset in DATASETS:
         args.dataset, name, revision = DATASETS[args.dataset]
@@ -80,7 +81,7 @@ def encode(batch, tokenizer):
 
     encoding = get_tokenizer(tokenizer)
     parts = []  # an array per text: one list of all ids would take twenty times the memory
-    for starts_document, text in sources.documents(batch):
+    for starts_document, text in formats.documents(batch):
         start = [encoding.eot_token] if starts_document else []
         parts.append(np.array(start + encoding.encode_ordinary(text), dtype=np.uint16))
     return np.concatenate(parts)
@@ -97,7 +98,7 @@ def encode_fast(batch, tokenizer):
         starts_document, texts = slice(None), awkward.from_arrow(batch)  # shares the memory
     try:
         encoded = get_fast_tokenizer(tokenizer).encode_batch(texts, parallel=False)
-    except TypeError:  # half of a surrogate pair, which JSON can hold: tiktoken replaces it
+    except TypeError:  # half of a surrogate pair: tiktoken replaces it
         return encode(batch, tokenizer)
     ids, offsets = encoded.layout.content.data, encoded.layout.offsets.data  # numpy arrays
     starts = offsets[:-1][starts_document]
@@ -110,7 +111,7 @@ def encode_fast(batch, tokenizer):
 
 def encodes_alike(batch, tokenizer):
     """Whether gigatoken is installed and encodes the beginnings of a batch's texts as tiktoken does."""
-    sample = [(starts_document, text[:4096]) for starts_document, text in sources.documents(batch[:64])]
+    sample = [(starts_document, text[:4096]) for starts_document, text in formats.documents(batch[:64])]
     if get_fast_tokenizer(tokenizer) is None:
         problem = "gigatoken is not installed"
     elif encode_fast(sample, tokenizer).tolist() == encode(sample, tokenizer).tolist():
@@ -192,7 +193,7 @@ def open_manifest(data_dir, request):
     request: what the manifest must say.
     """
     # "next" counts batches, so they must be cut in the same places
-    batches_by = [sources.BATCH_CHARS, importlib.metadata.version("pyarrow")]
+    batches_by = [formats.BATCH_CHARS, importlib.metadata.version("pyarrow")]
     manifest = shards.read_manifest(data_dir)
     if manifest is None:
         if any(shards.SHARD_NAME.search(path.name) for path in data_dir.glob("*")):
@@ -200,7 +201,11 @@ def open_manifest(data_dir, request):
                             "remove them or choose another --data_dir")
         return {**request, "val_tokens": request["val_tokens_asked"], "complete": False, "next": (0, 0, 0),
                 "batches": batches_by, "shards": []}
-    different = [key for key in request if manifest.get(key) != request[key]]
+    if not manifest["complete"]:
+        manifest = adapt(data_dir, manifest, request)
+    # a manifest has the last two only where they are set
+    different = [key for key in dict.fromkeys([*request, "split_on", "skip_null"])
+                 if manifest.get(key) != request.get(key)]
     if different:
         raise UserError(f"{data_dir} contains shards with another {', '.join(different)}: "
                         "choose another --data_dir")
@@ -210,16 +215,47 @@ def open_manifest(data_dir, request):
     return manifest
 
 
+def adapt(data_dir, manifest, request):
+    """The manifest of an interrupted preparation, changed to a request that keeps finished shards valid.
+
+    --skip_null may be added: no null was found so far. Local files may be repaired, replaced, left out or
+    added: the shards that end before the first such file are kept.
+    """
+    if request.get("skip_null") and not manifest.get("skip_null"):
+        manifest = {**request, **manifest, "skip_null": True}  # in the order of a new manifest
+    before, now = manifest["source"].get("files"), request["source"].get("files")
+    of_hub = "ref" in manifest["source"] or "ref" in request["source"]
+    if before == now or of_hub or not before or not now or not manifest["shards"]:
+        return manifest
+    changed = next((n for n, (one, other) in enumerate(zip(before, now)) if one != other),
+                   min(len(before), len(now)))
+    ends = [shard.get("next") for shard in manifest["shards"][:-1]] + [manifest["next"]]
+    count = max((n for n, end in enumerate(ends, start=1) if end and end[0] < changed), default=0)
+    # before two shards are full, the default size of the val split is not decided
+    if count < (1 if manifest["val_tokens_asked"] else 2):
+        return manifest
+    dropped = manifest["shards"][count:]
+    print(f"{data_dir}: the input differs from file {changed + 1} on; {count} shards are kept"
+          + (f", {len(dropped)} are made again" if dropped else ""))
+    manifest = {**manifest, "source": request["source"], "next": ends[count - 1],
+                "shards": manifest["shards"][:count]}
+    shards.write_manifest(data_dir, manifest)
+    for shard in dropped:
+        (data_dir / shard["file"]).unlink(missing_ok=True)
+    return manifest
+
+
 def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size=10**8, val_tokens=None,
-            num_proc=1, file_format="npy"):
+            num_proc=1, file_format="npy", split_on=None, skip_null=False):
     """Encode files (paths or hub addresses, in this order) into the shards of data_dir; return the manifest.
 
-    source: a dict for the manifest that says where the files are from. What an interrupted call finished is
-    kept. Raises UserError for unusable input, and if data_dir contains shards of something else.
+    source: a dict for the manifest that says where the files are from. column, split_on and skip_null: as for
+    `formats.Reader`. The beginnings of all local files are checked first. What an interrupted call finished
+    is kept. Raises UserError for unusable input, and if data_dir contains shards of something else.
     """
     from tqdm import tqdm
 
-    data_dir = Path(data_dir)
+    data_dir, files = Path(data_dir), list(map(str, files))
     encoding = get_tokenizer(tokenizer)
     if encoding.n_vocab > 2**16:
         raise UserError(f"tokenizer {tokenizer} has {encoding.n_vocab} ids; uint16 shards allow 65536")
@@ -233,11 +269,18 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
         "shard_size": shard_size,
         "val_tokens_asked": val_tokens,
         "file_format": file_format,
+        **({"split_on": split_on} if split_on else {}),
+        **({"skip_null": True} if skip_null else {}),
     })
     if manifest["complete"]:
         print(f"{data_dir} is already prepared; --verify {data_dir} checks it")
         return manifest
 
+    first_file, first_batch, _ = manifest["next"]
+    if first_file >= len(files):
+        raise UserError(f"{data_dir / shards.MANIFEST} does not fit the input; choose another --data_dir")
+    reader = formats.Reader(column, split_on, skip_null)
+    sources.check_files(files[first_file:], reader)
     data_dir.mkdir(parents=True, exist_ok=True)
     for leftover in data_dir.glob(".*.tmp"):
         leftover.unlink()
@@ -257,22 +300,35 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
         writer.add(file, batch, ids)
 
     with progress, contextlib.closing(writer), Encoder(tokenizer, num_proc) as encoder:
-        first_file, first_batch, _ = manifest["next"]
         for file in range(first_file, len(files)):
-            batch = -1
-            for batch, texts in enumerate(sources.batches(sources.local_file(str(files[file])), column)):
-                if batch == 0:
-                    encoder.begin_file(texts)
-                if (file, batch) >= (first_file, first_batch):
-                    in_flight.append((file, batch, encoder.submit(texts)))
-                while len(in_flight) > 2 * num_proc:
+            path = sources.local_file(files[file])
+            try:
+                for batch, texts in enumerate(reader.batches(path)):
+                    if batch == 0:
+                        encoder.begin_file(texts)
+                    if (file, batch) >= (first_file, first_batch):
+                        in_flight.append((file, batch, encoder.submit(texts)))
+                    while len(in_flight) > 2 * num_proc:
+                        collect()
+            except UserError as error:
+                while in_flight:  # what was read before it is kept
                     collect()
-            if batch < 0:
-                raise UserError(f"{files[file]}: no text in it")
+                raise explain_shards(error, files[file], len(manifest["shards"])) from error
         while in_flight:
             collect()
         writer.finish()
+    reader.report(files[first_file] if first_file else None)
     return manifest
+
+
+def explain_shards(error, file, count):
+    """The error of a file that can't be read, with what becomes of the finished shards."""
+    if not count:
+        return error
+    remedy = ("if the file is damaged, remove it, and the same command downloads it again and continues"
+              if HUB_ADDRESS.match(file) else
+              "repair or replace the file, or leave it out, and the same command continues")
+    return UserError(f"{error}. {count} finished shards are kept: {remedy}")
 
 
 def prepare_demo(data_dir):
@@ -307,15 +363,15 @@ def demo_is_prepared(data_dir):
     return bool(manifest and manifest["complete"])
 
 
-def find_input(args):
+def find_input(args, files):
     """The files to encode, and the source for the manifest. Raises UserError."""
-    files = args.input
     if args.dataset in TEXTS:
         files = [sources.fetch_text(args.dataset, args.data_dir)]
+    if "-" in files:
+        stdin = Path(args.data_dir) / "sources" / f"stdin.{args.stdin_format or 'txt'}"
+        sources.store_stdin(stdin, keep=stdin.exists() and shards.read_manifest(args.data_dir) is not None)
+        files = [str(stdin) if path == "-" else path for path in files]
     if files:
-        for path in files:
-            if not Path(path).is_file():
-                raise UserError(f"--input {path}: no such file")
         return files, {"files": [{"name": Path(path).name, "digest": digest(path)} for path in files]}
     source = (shards.read_manifest(args.data_dir) or {}).get("source", {})
     request = {"dataset": args.dataset, "name": args.name, "ref": args.revision}
@@ -331,10 +387,11 @@ def main(args):
     if args.verify:
         print(f"{args.verify}: {shards.verify(args.verify):,} tokens, all as the manifest says")
         return
+    files = sources.find_files(args.input or [], args.data_dir)
     with locked(args.data_dir):
-        files, source = find_input(args)
+        files, source = find_input(args, files)
         manifest = prepare(files, args.data_dir, source, args.tokenizer, args.text_column, args.shard_size,
-                           args.val_tokens, args.num_proc, args.format)
+                           args.val_tokens, args.num_proc, args.format, args.split_on, args.skip_null)
     tokens = {split: sum(s["tokens"] for s in manifest["shards"] if s["split"] == split)
               for split in ("train", "val")}
     print(f"{args.data_dir}: {len(manifest['shards'])} shards, "

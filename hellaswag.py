@@ -78,10 +78,11 @@ from tqdm import tqdm
 from checkpoint import load_model_and_tokenizer
 from kit.device import to_device, tune
 from kit.files import UserError, atomic_write, run_script
+from kit.formats import read_rows
 from kit.packed import onednn_is_faster, pack
 from kit.published import HELLASWAG_EXAMPLES
 from kit.ranks import Ranks
-from kit.sources import local_file, read_rows
+from kit.sources import local_file
 
 
 def download(address=DATA, rows=HELLASWAG_EXAMPLES):

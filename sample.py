@@ -105,7 +105,7 @@ def read_prompt(prompt):
         if prompt is None:
             return sys.stdin.read().removesuffix("\n") or PROMPT
         if prompt.startswith("@"):
-            return Path(prompt[1:]).read_text(encoding="utf-8").removesuffix("\n")
+            return Path(prompt[1:]).read_text(encoding="utf-8-sig").removesuffix("\n")
         return prompt
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"-p {prompt or 'from a pipe'} can't be read as text ({error})") from error

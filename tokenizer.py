@@ -1,6 +1,6 @@
 """Text to token ids and back: GPT-2's byte-level BPE, or one learned from your own text.
 
-    python tokenizer.py train FILES --vocab_size 2048 --out my_tokenizer.json
+    python tokenizer.py train FILES --vocab_size 2048 --out my_tokenizer.json  # files as for fineweb_edu.py
 
 Either way the tokenizer is a `tiktoken.Encoding`, and the rest of the program treats both alike.
 """
@@ -12,11 +12,11 @@ import threading
 from base64 import b64encode
 from pathlib import Path
 
+from kit import formats, sources
 from kit.files import UserError, atomic_write, run_script
 from kit.flags import Parser, from_command_line, integer
-from kit.sources import read_texts
+from kit.formats import END_OF_TEXT
 
-END_OF_TEXT = "<|endoftext|>"  # precedes each document; the only special token
 RENEW_AFTER = 1000  # calls after which a thread gets a new gigatoken: 4 GB of fineweb_edu.py's text
 per_thread = threading.local()  # by tokenizer: the thread's gigatoken, and how often it was used
 
@@ -25,12 +25,16 @@ def parse_args(argv=None):
     parser = Parser(description="Learn a byte-level BPE from your own text.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train", help="learn a tokenizer from files")
-    command.add_argument("files", nargs="+", metavar="FILES", help=".txt, .jsonl, .jsonl.gz or .parquet")
+    command.add_argument("files", nargs="+", metavar="FILES",
+                         help=f"files ({formats.FORMATS}), directories of them, quoted patterns, "
+                              "or - for standard input")
     command.add_argument("--vocab_size", type=integer(257, 65536), default=4096,
                          help="number of ids, including <|endoftext|>")
-    command.add_argument("--text_column", default="text", help="where .jsonl and .parquet hold the text")
+    formats.add_flags(command)
     command.add_argument("--out", required=True, help="the tokenizer.json to write")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    formats.check_flags(parser, args, args.files)
+    return args
 
 
 @functools.cache
@@ -55,7 +59,7 @@ def get_tokenizer(name="gpt2"):
     from tiktoken_ext.openai_public import r50k_pat_str  # the pattern that splits text into GPT-2's words
 
     try:
-        spec = json.loads(Path(name).read_text(encoding="utf-8"))
+        spec = json.loads(Path(name).read_text(encoding="utf-8-sig"))
         vocab = spec["model"]["vocab"]
         ranks = {to_bytes(token): rank for token, rank in vocab.items() if token != END_OF_TEXT}
         special = {token["content"]: token["id"] for token in spec["added_tokens"]}
@@ -172,8 +176,17 @@ def save_pretrained(encoding, directory, max_length):
 
 
 def main(args):
-    texts = (text for path in args.files for _, text in read_texts(path, args.text_column))
-    count = train(texts, args.vocab_size, args.out)
+    reader = formats.Reader(args.text_column, args.split_on, args.skip_null)
+    files = sources.find_files(args.files)
+    with tempfile.TemporaryDirectory() as folder:
+        if "-" in files:
+            stdin = Path(folder) / f"stdin.{args.stdin_format or 'txt'}"
+            sources.store_stdin(stdin)
+            files = [str(stdin) if path == "-" else path for path in files]
+        sources.check_files(files, reader)
+        texts = (text for path in files for _, text in reader.texts(path))
+        count = train(texts, args.vocab_size, args.out)
+    reader.report()
     print(f"{args.out}: {count} tokens" + (", more can't be learned from this text" if count < args.vocab_size
                                            else ""))
 

@@ -156,7 +156,7 @@ class ShardWriter:
         shard_digest = shard.publish()
         entry = {"file": shard.path.name, "split": shard.split, "tokens": shard.tokens,
                  "bytes": shard.path.stat().st_size, "digest": shard_digest}
-        self.manifest["shards"].append(entry)
+        self.manifest["shards"].append({**entry, "next": shard.next})  # until the preparation is complete
         self.manifest["next"] = shard.next
         del self.shards[0]
         write_manifest(self.data_dir, self.manifest)
@@ -175,6 +175,8 @@ class ShardWriter:
             self.publish()
         self.manifest["complete"] = True
         del self.manifest["next"], self.manifest["batches"]
+        for shard in self.manifest["shards"]:
+            shard.pop("next", None)  # what an older version began has none
         write_manifest(self.data_dir, self.manifest)
 
     def cut_again(self):
@@ -223,10 +225,11 @@ def read_manifest(data_dir):
             raise ValueError("it does not describe its shards")
         if manifest["tokenizer"] != "gpt2" and not has(manifest["tokenizer"], dict(file=str, digest=str)):
             raise ValueError("it does not name its tokenizer")
+        places = [manifest.get("next"), *(shard["next"] for shard in manifest["shards"] if "next" in shard)]
         if not manifest["complete"] and not (
-                has(manifest, dict(next=list, batches=list, val_tokens=(int, type(None))))
-                and len(manifest["next"]) == 3
-                and all(isinstance(n, int) and n >= 0 for n in manifest["next"])):
+                has(manifest, dict(batches=list, val_tokens=(int, type(None))))
+                and all(isinstance(place, list) and len(place) == 3 for place in places)
+                and all(isinstance(n, int) and n >= 0 for place in places for n in place)):
             raise ValueError("it does not say where to continue")
         return manifest
     except FileNotFoundError:

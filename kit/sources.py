@@ -1,17 +1,18 @@
 """Where texts come from: local files, the Hugging Face hub, and Python's own documentation."""
 
 import ast
-import contextlib
-import gzip
-import json
+import glob
+import os
 import platform
 import random
 import re
+import shutil
+import sys
 import sysconfig
-import zlib
 from pathlib import Path
 
-from kit.files import UserError, digest, fetch, first_line, retried
+from kit.files import UserError, atomic_write, digest, fetch, first_line, retried
+from kit.formats import FORMATS, check_format, format_of
 
 # by name: repository, configuration and revision on the hub. OpenWebText's main branch is a script, which the
 # datasets library no longer runs; the hub keeps its texts as parquet on another branch
@@ -25,156 +26,99 @@ TEXTS = {"tinyshakespeare": (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "ae717de95b0441526572a3fb9fde75d3")}
 HUB_ADDRESS = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")  # repository, revision, path
-BATCH_CHARS = 2**22  # text read and encoded at a time: small enough to stay in warm memory
 
 
-def read_texts(path, column="text"):
-    """Yield the texts of a file in order, as (starts_document, text). A large .txt comes in several pieces.
+def find_files(entries, data_dir=None):
+    """The files that a user names, in order.
 
-    Raises UserError with the file and line of what can't be read or has no such column.
+    entries: files, directories, patterns such as "data/*.jsonl", or - for standard input. A directory stands
+    for its files of all known formats, at any depth, sorted. data_dir: the output directory, in which no
+    input may be found. Raises UserError for what is missing or named twice.
     """
-    for part in read_parts(str(path), column):
-        yield from documents(part)
+    files = {}  # by the real path
+    for entry in entries:
+        for path in expand(entry, data_dir):
+            real = os.path.realpath(path)
+            if real in files:
+                raise UserError(f"{files[real]} and {path} are the same file: name it once")
+            files[real] = str(path)
+    return list(files.values())
 
 
-def read_parts(path, column):
-    """The same in parts: lists of (starts_document, text), or Arrow arrays with a document in each row."""
-    with explain_read_errors(path):
-        if path.endswith(".txt"):
-            with open(path, encoding="utf-8", newline="") as file:
-                for piece in read_pieces(file):
-                    yield [piece]
-        elif path.endswith((".jsonl", ".jsonl.gz")):
-            for place, row in read_json_lines(path):
-                yield [(True, text_of_row(row, column, place))]
-        elif path.endswith(".parquet"):
-            yield from read_parquet(path, column)
-        else:
-            raise UserError(f"{path}: not .txt, .jsonl, .jsonl.gz or .parquet")
+def expand(entry, data_dir):
+    """The paths of one entry of `find_files`. Raises UserError if there are none."""
+    if entry == "-" or entry and Path(entry).is_file():
+        return [entry]
+    if entry and Path(entry).is_dir():
+        return list_directory(entry, data_dir)
+    if not glob.has_magic(entry):
+        exists = entry and Path(entry).exists()
+        raise UserError(f"input {entry}: {'not a file; pipe its text into -' if exists else 'no such file'}")
+    paths = [path for match in sorted(glob.glob(entry, recursive=True)) for path in expand(match, data_dir)]
+    if not paths:
+        raise UserError(f"input {entry}: no such files")
+    if data_dir and any(Path(path).resolve().is_relative_to(Path(data_dir).resolve()) for path in paths):
+        raise UserError(f"--data_dir {data_dir} contains files that match {entry}: choose another")
+    print(f"{entry}: {count_of(paths)}")
+    return paths
 
 
-def read_rows(path):
-    """Yield the rows of a .jsonl, .jsonl.gz or .parquet file as (file and line, value). Raises UserError."""
-    with explain_read_errors(path):
-        if not path.endswith(".parquet"):
-            yield from read_json_lines(path)
-            return
-        import pyarrow.parquet
-
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-@contextlib.contextmanager
-def explain_read_errors(path):
-    """Turn the errors of reading a file into a UserError that names it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it with iconv") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} can't be read to its end ({error})") from error
-    except ValueError as error:
-        if type(error).__module__.partition(".")[0] != "pyarrow":
-            raise
-        raise UserError(f"{path}: not a readable parquet file ({error})") from error
+def list_directory(entry, data_dir):
+    """The files of a directory that can be read, sorted, without hidden ones. Raises UserError if none."""
+    if data_dir and Path(data_dir).resolve().is_relative_to(Path(entry).resolve()):
+        raise UserError(f"--data_dir {data_dir} is inside {entry}, where the texts are: choose another")
+    paths = [path for path in sorted(Path(entry).rglob("*"))
+             if not any(part.startswith(".") for part in path.relative_to(entry).parts)]
+    files = [path for path in paths if path.is_file() and format_of(path)[0]]
+    # a link to a directory is not followed
+    others = len(paths) - len(files) - sum(path.is_dir() and not path.is_symlink() for path in paths)
+    if not files:
+        raise UserError(f"input {entry}: no file of a known format in it ({FORMATS})")
+    print(f"{entry}: {count_of(files)}" + (f", without {others} of other formats" if others else ""))
+    return files
 
 
-def read_pieces(file):
-    """A text file in pieces that encode to the same ids as the entire file, which may not fit into memory."""
-    rest, starts_document = "", True
-    while block := file.read(BATCH_CHARS):
-        cut = last_cut(block)
-        if cut:
-            yield starts_document, rest + block[:cut]
-            rest, starts_document = block[cut:], False
-        else:
-            rest += block
-    if rest:
-        yield starts_document, rest
+def count_of(files):
+    return f"{len(files)} file{'s' * (len(files) != 1)}"
 
 
-def last_cut(text):
-    """The last place between a visible character and white space, where GPT-2 always ends a word; or 0."""
-    end = max(0, *(text.rfind(space) for space in " \n\r\t"))
-    head = text[:end].rstrip(" \n\r\t")
-    return len(head) if head and not head[-1].isspace() else 0
+def name_of(entry):
+    """A name for what an entry of `find_files` becomes: my for x/my.jsonl.gz, texts for "texts/*.txt"."""
+    if entry == "-":
+        return "stdin"
+    path = Path(os.path.abspath(entry))
+    while glob.has_magic(path.name) and not path.exists():
+        path = path.parent
+    return path.name.strip(".").partition(".")[0] or "text"
 
 
-def read_json_lines(path):
-    """Yield (file and line, value) for the lines of a .jsonl or .jsonl.gz that are not blank."""
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                place = f"{path}:{number}"
-                try:
-                    yield place, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{place}: not JSON ({error})") from None
+def store_stdin(path, keep=False):
+    """Copy standard input to a file, since an interrupted preparation needs the same text again.
+
+    keep: what an existing file must contain. Raises UserError if it contains other text.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.flush()
+        if keep and digest(file.name) != digest(path):
+            raise UserError(f"standard input is not the text that {path.parent.parent} was made from: "
+                            f"continue with --input {path}, or choose another --data_dir")
 
 
-def text_of_row(row, column, place):
-    if not isinstance(row, dict) or column not in row:
-        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{place}: no column {column!r}, only {has}; name the right one with --text_column")
-    if not isinstance(row[column], str):
-        raise UserError(f"{place}: column {column!r} contains {type(row[column]).__name__}, not text; "
-                        "name the right one with --text_column")
-    return row[column]
-
-
-def read_parquet(path, column):
-    """Yield the texts of a parquet file in Arrow arrays of about BATCH_CHARS, whatever the row groups."""
-    import pyarrow
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # True keeps in memory what it has read
-        if column not in file.schema_arrow.names:
-            text_of_row(dict.fromkeys(file.schema_arrow.names), column, path)  # raises, with the columns
-        info, size = file.metadata, 1
-        for group in map(info.row_group, range(info.num_row_groups)):
-            chunks = map(group.column, range(info.num_columns))
-            size += sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
-        # at most 10,000 rows: in the sizes above, a text that many rows repeat counts once
-        batch_size = min(10_000, 1 + BATCH_CHARS * info.num_rows // size)
-        number = 0
-        for rows in file.iter_batches(batch_size, columns=[column]):
-            texts = rows.column(0)
-            if texts.null_count or texts.type not in (pyarrow.string(), pyarrow.large_string()):
-                for row, text in enumerate(texts.to_pylist(), start=number + 1):
-                    text_of_row({column: text}, column, f"{path}, row {row}")  # raises, with the row
-            number += len(texts)
-            texts.validate(full=True)  # checks that it is UTF-8
-            yield texts.cast(pyarrow.large_string())
-
-
-def documents(part):
-    """A part of a file, as `read_parts` yields it, as a list of (starts_document, text)."""
-    return part if isinstance(part, list) else [(True, text) for text in part.to_pylist()]
-
-
-def batches(path, column):
-    """The texts of a file in batches of about BATCH_CHARS; Arrow arrays stay free of Python strings."""
-    texts, size = [], 0
-    for part in read_parts(path, column):
-        if not isinstance(part, list):
-            yield part
-            continue
-        texts += part
-        size += sum(len(text) for _, text in part)
-        if size >= BATCH_CHARS:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
+def check_files(files, reader):
+    """Read the beginning of each local file. Raises UserError if one can't be used, or all are empty."""
+    if reader.split_on and not any(format_of(path)[0] == ".txt" for path in files):
+        raise UserError(f"--split_on {reader.split_on!r} separates documents of .txt files: there are none")
+    empty = [reader.is_empty(path) for path in files if not HUB_ADDRESS.match(path)]
+    if all(empty) and len(empty) == len(files):
+        raise UserError(f"{', '.join(files)}: no text in it")
 
 
 def hub_files(dataset, name, revision=None):
     """The files of a hub dataset's train split: "hf://..." addresses that name the revision, or local paths.
 
-    Raises UserError if there is no network, no such dataset or no such configuration.
+    Raises UserError if there is no network, no such dataset or configuration, or a file of another format.
     """
     from datasets import load_dataset_builder
 
@@ -187,6 +131,8 @@ def hub_files(dataset, name, revision=None):
     if "train" not in data_files:
         raise UserError(f"--dataset {dataset}: no train split of plain files "
                         f"({', '.join(data_files) or 'none'})")
+    for path in data_files["train"]:
+        check_format(path)
     return list(data_files["train"])
 
 

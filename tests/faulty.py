@@ -30,7 +30,7 @@ import torch.distributed as dist
 import checkpoint
 import fineweb_edu
 import train_gpt2
-from kit import files, shards, sources
+from kit import files, formats, shards
 from model import GPT
 from train_gpt2 import DataLoaderLite
 
@@ -276,7 +276,7 @@ def busy(name):
 
 def small_batches(chars):
     """Read texts in batches of so many characters, so that a small file has many batches."""
-    patch(sources, "BATCH_CHARS", chars)
+    patch(formats, "BATCH_CHARS", chars)
 
 
 def without_gigatoken():

@@ -88,7 +88,7 @@ def run_here(module, *flags, stdin=""):
     err.reconfigure(errors="backslashreplace")  # like Python's own stderr
     status = 0
     with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), one_thread(),
-          unittest.mock.patch.object(sys, "stdin", io.StringIO(stdin))):
+          unittest.mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8"))):
         try:
             files.run_script(module.main, module.parse_args(list(map(str, flags))))
         except SystemExit as end:

@@ -4,6 +4,7 @@ import functools
 import gzip
 import http.server
 import io
+import json
 import shutil
 import sys
 import threading
@@ -15,12 +16,13 @@ import make
 import numpy as np
 import pyarrow
 import pytest
+from backports import zstd
 from runs import assert_refused, run_here, run_script
 
 import fineweb_edu
 import tokenizer
 from fineweb_edu import prepare
-from kit import shards, sources
+from kit import formats, shards, sources
 from kit.files import UserError, digest
 from kit.shards import open_bin, open_shards, verify
 from tokenizer import get_fast_tokenizer, get_tokenizer, train
@@ -59,7 +61,7 @@ def test_every_format_becomes_the_same_stream(tmp_path, texts, learned, num_proc
 def test_with_gigatoken_tiktoken_encodes_only_a_sample(tmp_path, texts, learned, calls_of):
     """The other texts do not even become Python strings."""
     make.write_parquet(tmp_path / "a.parquet", texts * 6)
-    encodings, made_strings = calls_of(fineweb_edu, "encode"), calls_of(sources, "documents")
+    encodings, made_strings = calls_of(fineweb_edu, "encode"), calls_of(formats, "documents")
     prepare([tmp_path / "a.parquet"], tmp_path / "out", {}, tokenizer=learned)
     [(sample, _)] = encodings
     assert sum(len(text) for _, text in sample) <= 64 * 4096 < sum(map(len, texts * 6)) / 5
@@ -173,7 +175,7 @@ def test_half_a_character_encodes_as_by_tiktoken(learned):
 def test_a_text_in_pieces_encodes_as_the_whole(learned, faults, text):
     for size in (1, 2, 7, 50):
         faults.small_batches(size)
-        pieces = list(sources.read_pieces(io.StringIO(text, newline="")))
+        pieces = list(formats.Reader().pieces(io.StringIO(text, newline="")))
         ids = [i for _, piece in pieces for i in get_tokenizer(learned).encode_ordinary(piece)]
         assert ids == get_tokenizer(learned).encode_ordinary(text)
         assert [starts for starts, _ in pieces] == [True] + [False] * (len(pieces) - 1)
@@ -208,8 +210,9 @@ def test_a_kill_between_a_shard_and_the_manifest_loses_nothing(tmp_path, learned
 def test_a_preparation_that_fails_leaves_no_half_shard(tmp_path, learned, faults):
     faults.small_batches(50)
     (tmp_path / "a.txt").write_text("A few words. " * 100)
-    with pytest.raises(UserError, match="no such file"):
-        prepare([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out", {}, learned, "text", 70)
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n' * 50 + "{")
+    with pytest.raises(UserError, match="b.jsonl:51: not JSON.*finished shards are kept"):
+        prepare([tmp_path / "a.txt", tmp_path / "b.jsonl"], tmp_path / "out", {}, learned, "text", 70)
     names = [path.name for path in (tmp_path / "out").iterdir()]
     assert "out_train_000001.npy" in names and not any(name.startswith(".") for name in names)
 
@@ -251,10 +254,14 @@ def test_fineweb_edu_comes_from_the_hub(tmp_path, texts, learned):
 @pytest.mark.parametrize("dataset, repository, ref, path", [
     ("fineweb", "HuggingFaceFW/fineweb", None, "sample/10BT/000_00000.parquet"),
     ("openwebtext", "Skylion007/openwebtext", "refs/convert/parquet", "plain_text/train/0000.parquet"),
-    ("someone/stories", "someone/stories", None, "data/train-00000-of-00001.parquet"),
+    ("someone/stories", "someone/stories", None, "data/train-00000.jsonl.gz"),
 ])
 def test_other_datasets_come_from_the_hub_by_name(tmp_path, texts, learned, dataset, repository, ref, path):
     files = {path: make.write_parquet(tmp_path / "part.parquet", texts[:20]).read_bytes()}
+    if dataset == "someone/stories":  # several formats, some compressed
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[:20]]
+        files = {"data/train-00000.jsonl.gz": gzip.compress("".join(lines[:9]).encode()),
+                 "data/train-00001.json.zst": zstd.compress("".join(lines[9:]).encode())}
     if dataset == "fineweb":
         files["README.md"] = (b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n"
                               b"    path: sample/10BT/*\n---\n")
@@ -360,8 +367,9 @@ def write_unreadable_files(folder, texts):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("null.parquet", "row 41.*NoneType"), ("numbers.parquet", "row 1.*int"), ("latin.parquet", "UTF"),
-    ("middle.parquet", "middle.parquet"), ("missing.parquet", "no such file"), ("torn.parquet", "parquet"),
+    ("null.parquet", "row 41.*is null; --skip_null"), ("numbers.parquet", "row 1.*int"),
+    ("latin.parquet", "UTF"), ("middle.parquet", "middle.parquet"), ("missing.parquet", "no such file"),
+    ("torn.parquet", "parquet"),
     ("column.jsonl", "column.jsonl:2.*content.*--text_column"), ("number.jsonl", "number.jsonl:2.*int"),
     ("torn.jsonl", "torn.jsonl:2"), ("torn.jsonl.gz", "torn.jsonl.gz"), ("latin.txt", "UTF-8"),
     ("empty.txt", "no text"), ("other.pdf", "jsonl"), ("missing.txt", "no such file"),

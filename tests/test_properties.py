@@ -259,7 +259,7 @@ def test_any_prompt_is_continued_or_refused_in_one_line(log_dir, data, prompt, f
             (path / "prompt").write_bytes(content)
             argv += ["-p", f"@{path}/prompt"]
             try:
-                prompt = content.decode().replace("\r\n", "\n").replace("\r", "\n")
+                prompt = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
             except UnicodeDecodeError:
                 prompt = False
         elif prompt is not None:

@@ -11,7 +11,8 @@ from runs import ROOT, environment
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # a block, and the comment above it that says why it is not run
 BLOCKS = re.findall(r"(<!-- not run: [^\n]+ -->\n)?```(sh|python)\n(.*?)```", README, re.DOTALL)
-FLAGS = set(re.findall(r'"(--[a-z_0-9]+)"', "".join(path.read_text() for path in ROOT.glob("*.py"))))
+SCRIPTS = [*ROOT.glob("*.py"), ROOT / "kit/formats.py"]  # which has those of all that read texts
+FLAGS = set(re.findall(r'"(--[a-z_0-9]+)"', "".join(path.read_text() for path in SCRIPTS)))
 
 
 def test_the_blocks_run_in_order(tmp_path, texts, gpt2_tokenizer):
