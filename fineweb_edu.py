@@ -28,7 +28,7 @@ from kit import formats, shards, sources
 from kit.files import UserError, atomic_write, digest, locked, run_script
 from kit.flags import Parser, from_command_line, integer
 from kit.sources import DATASETS, HUB_ADDRESS, TEXTS
-from tokenizer import get_fast_tokenizer, get_tokenizer, train
+from tokenizer import encode_text, get_fast_tokenizer, get_tokenizer, train
 
 
 def parse_args(argv=None):
@@ -83,7 +83,7 @@ def encode(batch, tokenizer):
     parts = []  # an array per text: one list of all ids would take twenty times the memory
     for starts_document, text in formats.documents(batch):
         start = [encoding.eot_token] if starts_document else []
-        parts.append(np.array(start + encoding.encode_ordinary(text), dtype=np.uint16))
+        parts.append(np.array(start + encode_text(text, encoding), dtype=np.uint16))
     return np.concatenate(parts)
 
 

@@ -83,6 +83,7 @@ from kit.packed import onednn_is_faster, pack
 from kit.published import HELLASWAG_EXAMPLES
 from kit.ranks import Ranks
 from kit.sources import local_file
+from tokenizer import encode_text
 
 
 def download(address=DATA, rows=HELLASWAG_EXAMPLES):
@@ -162,8 +163,8 @@ def render_example(example, tokenizer, protocol="completion"):
     if protocol == "harness":
         context, space = context.rstrip(), context[len(context.rstrip()) :] + " "
     # the first token needs a context: an empty one means the start of a document
-    ids = tokenizer.encode_ordinary(context) or [tokenizer.eot_token]
-    return ids, [tokenizer.encode_ordinary(space + ending) for ending in endings]
+    ids = encode_text(context, tokenizer) or [tokenizer.eot_token]
+    return ids, [encode_text(space + ending, tokenizer) for ending in endings]
 
 
 class Row:

@@ -63,11 +63,12 @@ from kit.device import pick_device
 from kit.files import UserError, run_script
 from kit.packed import pack
 from model import check_sampling
+from tokenizer import encode_text
 
 
 def encode_prompt(prompt, tokenizer):
     """Ids of a prompt, (1, T). <|endoftext|> in it means the special token; an empty prompt becomes one."""
-    ids = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]
+    ids = encode_text(prompt, tokenizer, special=True) or [tokenizer.eot_token]
     return torch.tensor([ids])
 
 

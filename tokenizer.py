@@ -7,6 +7,7 @@ Either way the tokenizer is a `tiktoken.Encoding`, and the rest of the program t
 
 import functools
 import json
+import re
 import tempfile
 import threading
 from base64 import b64encode
@@ -17,6 +18,11 @@ from kit.files import UserError, atomic_write, run_script
 from kit.flags import Parser, from_command_line, integer
 from kit.formats import END_OF_TEXT
 
+# A text is cut before the last character of a run of white space this long. GPT-2's words end there anyway,
+# but the regular expressions of tiktoken panic at a run of a million characters
+LONGEST_RUN = 100_000
+SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # \s in tiktoken's pattern
+LONG_RUN = re.compile(f"(?<!{SPACE}){SPACE}{{{LONGEST_RUN},}}")
 RENEW_AFTER = 1000  # calls after which a thread gets a new gigatoken: 4 GB of fineweb_edu.py's text
 per_thread = threading.local()  # by tokenizer: the thread's gigatoken, and how often it was used
 
@@ -74,6 +80,27 @@ def get_tokenizer(name="gpt2"):
         raise UserError(f"{name} is not a tokenizer made by "
                         f"`python tokenizer.py train`: {error!r}") from error
     return encoding
+
+
+def encode_text(text, encoding, special=False):
+    """The ids of a text, also where tiktoken would panic. special: <|endoftext|> means the special token."""
+    ids = []
+    for piece in cut_long_runs(text, tuple(encoding.special_tokens_set) if special else ()):
+        ids += encoding.encode(piece, allowed_special="all") if special else encoding.encode_ordinary(piece)
+    return ids
+
+
+def cut_long_runs(text, special=()):
+    """Cut a text before the last character of each long run of white space, where GPT-2 always ends a word.
+
+    It does not if the text ends with the run, or one of the special tokens follows.
+    """
+    start = 0
+    for run in LONG_RUN.finditer(text) if len(text) > LONGEST_RUN else ():
+        if run.end() < len(text) and not text.startswith(special, run.end()):
+            yield text[start : run.end() - 1]
+            start = run.end() - 1
+    yield text[start:]
 
 
 def get_fast_tokenizer(name="gpt2"):

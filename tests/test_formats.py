@@ -22,10 +22,11 @@ import fineweb_edu
 import sample
 import tokenizer
 import train_gpt2
+from hellaswag import render_example
 from kit import formats, shards, sources
 from kit.files import UserError
 from kit.formats import Reader
-from tokenizer import get_tokenizer
+from tokenizer import encode_text, get_tokenizer
 
 DOCUMENTS = ["one\ntwo, \"three\"", "", "é🙂\r\n\u2028", "x" * 200_000, " last "]
 BOM = "\ufeff"
@@ -472,3 +473,41 @@ def test_formats_of_a_hub_dataset_are_checked_before_the_first_download(tmp_path
                              env=hub.environment(server, tmp_path))
     assert_refused(process, "train-00001.arrow", formats.FORMATS)
     assert not [path for method, path in server.asked if method == "GET" and "/data/train" in path]
+
+
+# ---------------------------------------------------------------------------------------- long white space
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t", "\r\n", " \n", "\u00a0", "\u3000 "])
+def test_long_runs_of_white_space_encode_as_by_tiktoken(learned, space):
+    """The runs are longer than those that are cut, and tiktoken itself survives them."""
+    encoding, run = get_tokenizer(learned), space * (tokenizer.LONGEST_RUN + 5)
+    for text, pieces in ((run, 1), (f"a{run}b", 2), (f"{run}'s", 2), (f"a.{run}\x1c{run}1{run}", 3),
+                         (f"é{run}{MARK}", 2)):
+        ids = encode_text(text, encoding)
+        assert ids == encoding.encode_ordinary(text) and encoding.decode(ids) == text
+        assert encode_text(text, encoding, special=True) == encoding.encode(text, allowed_special="all")
+        assert len(list(tokenizer.cut_long_runs(text))) == pieces
+
+
+def test_any_text_that_is_cut_at_white_space_encodes_alike(learned, monkeypatch):
+    """Here, runs of two characters are long."""
+    monkeypatch.setattr(tokenizer, "LONGEST_RUN", 0)
+    monkeypatch.setattr(tokenizer, "LONG_RUN", re.compile(f"(?<!{tokenizer.SPACE}){tokenizer.SPACE}{{2,}}"))
+    encoding, draw = get_tokenizer(learned), np.random.default_rng(0)
+    parts = [" ", " ", "\n", "\t", "\u2003", "\x85", "\x1c", "a", "word", "'s", "1", "!", "é", MARK]
+    for _ in range(2000):
+        text = "".join(draw.choice(parts, draw.integers(1, 12)))
+        assert encode_text(text, encoding) == encoding.encode_ordinary(text)
+        assert encode_text(text, encoding, special=True) == encoding.encode(text, allowed_special="all")
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "x", "é"])
+def test_a_run_of_a_million_characters_is_encoded_everywhere(learned, unit):
+    """tiktoken itself panics, with an exception that is no Exception, at a million blanks and a word."""
+    encoding, text = get_tokenizer(learned), f"a{unit * 1_100_000}b"
+    stream = fineweb_edu.encode([(True, text)], learned).tolist()
+    assert encoding.decode(stream[1:]) == text
+    assert fineweb_edu.encode_fast([(True, text)], learned).tolist() == stream
+    assert sample.encode_prompt(text, encoding)[0].tolist() == stream[1:]
+    assert render_example({"ctx": text, "endings": ["b"]}, encoding)[0] == stream[1:]
