@@ -175,8 +175,8 @@ class StopSignal:
     def __exit__(self, *_):
         for number, handler in self.old_handlers.items():
             # schedulers may repeat a signal until the process is gone: all is saved, so let it exit in order
-            ignored = self.number and number != signal.SIGINT
-            signal.signal(number, signal.SIG_IGN if ignored else handler)
+            repeated = self.number and number != signal.SIGINT
+            signal.signal(number, (lambda *_: None) if repeated else handler)
 
 
 def integer_variable(name, default):
