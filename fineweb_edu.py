@@ -28,7 +28,7 @@ from kit import formats, shards, sources
 from kit.files import UserError, atomic_write, digest, locked, run_script
 from kit.flags import Parser, from_command_line, integer
 from kit.sources import DATASETS, HUB_ADDRESS, TEXTS
-from tokenizer import encode_text, get_fast_tokenizer, get_tokenizer, train
+from tokenizer import encode_text, get_fast_tokenizer, get_tokenizer, rank_lines, train
 
 
 def parse_args(argv=None):
@@ -112,7 +112,9 @@ def encode_fast(batch, tokenizer):
 def encodes_alike(batch, tokenizer):
     """Whether gigatoken is installed and encodes the beginnings of a batch's texts as tiktoken does."""
     sample = [(starts_document, text[:4096]) for starts_document, text in formats.documents(batch[:64])]
-    if get_fast_tokenizer(tokenizer) is None:
+    if rank_lines(tokenizer) is None:
+        problem = "gigatoken wants a tokenizer whose special tokens come last"
+    elif get_fast_tokenizer(tokenizer) is None:
         problem = "gigatoken is not installed"
     elif encode_fast(sample, tokenizer).tolist() == encode(sample, tokenizer).tolist():
         return True

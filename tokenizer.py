@@ -1,8 +1,8 @@
-"""Text to token ids and back: GPT-2's byte-level BPE, or one learned from your own text.
+"""Text to token ids and back: GPT-2's byte-level BPE, one learned from your own text, or another model's.
 
     python tokenizer.py train FILES --vocab_size 2048 --out my_tokenizer.json  # files as for fineweb_edu.py
 
-Either way the tokenizer is a `tiktoken.Encoding`, and the rest of the program treats both alike.
+All are a `tiktoken.Encoding`, and the rest of the program treats them alike.
 """
 
 import functools
@@ -25,6 +25,9 @@ SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # 
 LONG_RUN = re.compile(f"(?<!{SPACE}){SPACE}{{{LONGEST_RUN},}}")
 RENEW_AFTER = 1000  # calls after which a thread gets a new gigatoken: 4 GB of fineweb_edu.py's text
 per_thread = threading.local()  # by tokenizer: the thread's gigatoken, and how often it was used
+# a text that both libraries must encode alike: spaces, digits, contractions, two forms of é, many scripts
+PROBE = (" The  year 1984: it's We'LL don't\n\n\t  x = 3.14;\r\n café cafe\u0301 ﬁ ½\u00a0\u2003русский "
+         "中文 عربي हिन्दी 한국어 🙂\u200d   ")
 
 
 def parse_args(argv=None):
@@ -45,10 +48,10 @@ def parse_args(argv=None):
 
 @functools.cache
 def get_tokenizer(name="gpt2"):
-    """The tiktoken.Encoding of "gpt2", or of a file that `train` wrote. It is built once and cached.
+    """The tiktoken.Encoding of "gpt2", a tokenizer.json, or a Hugging Face directory. It is built once.
 
-    Raises UserError if GPT-2's vocabulary is neither cached nor reachable, or if the file is not a byte-level
-    BPE.
+    Raises UserError if GPT-2's vocabulary is neither cached nor reachable, or if the files hold a tokenizer
+    that an Encoding can't represent, or one that ends texts in another way than with <|endoftext|>.
     """
     import tiktoken
 
@@ -62,24 +65,128 @@ def get_tokenizer(name="gpt2"):
                 "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 (encoder.json) from the tiktoken cache of another "
                 "machine into a folder and set TIKTOKEN_CACHE_DIR to it"
             ) from error
-    from tiktoken_ext.openai_public import r50k_pat_str  # the pattern that splits text into GPT-2's words
-
+    path = Path(name)
+    if not path.exists():
+        raise UserError(f"no tokenizer {name}: name 'gpt2', a tokenizer.json (python tokenizer.py train "
+                        "makes one) or a Hugging Face directory")
     try:
-        spec = json.loads(Path(name).read_text(encoding="utf-8-sig"))
-        vocab = spec["model"]["vocab"]
-        ranks = {to_bytes(token): rank for token, rank in vocab.items() if token != END_OF_TEXT}
-        special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        encoding = tiktoken.Encoding(Path(name).stem, pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                                     special_tokens=special)
-        if sorted(ranks.values()) != list(range(len(ranks))) or END_OF_TEXT not in special:
-            raise ValueError(f"its ids are not 0, 1, 2, ..., or it has no {END_OF_TEXT}")
-    except FileNotFoundError:
-        raise UserError(f"no tokenizer {name}: name 'gpt2' or a file made by "
-                        "`python tokenizer.py train`") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{name} is not a tokenizer made by "
-                        f"`python tokenizer.py train`: {error!r}") from error
+        encoding = build_encoding(path.stem, read_directory(path) if path.is_dir() else read_json(path))
+        if path.is_dir():
+            check_end_of_text(path, encoding)
+        return encoding
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        reason = error if type(error) is ValueError else repr(error)
+        raise UserError(f"{name}: this tokenizer can't be used: {reason}. A byte-level BPE that splits text "
+                        "like GPT-2's can, such as python tokenizer.py train makes") from error
+
+
+def read_json(path):
+    """The content of a JSON file; {} if it does not exist."""
+    return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+
+
+def read_directory(path):
+    """The tokenizer files of a Hugging Face directory, as the content of one tokenizer.json: a dict.
+
+    Raises ValueError if there is no tokenizer that could be read.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab, pairs = path / "vocab.json", path / "merges.txt"
+    spec, settings = read_json(path / "tokenizer.json"), read_json(path / "tokenizer_config.json")
+    if not spec:
+        if not (vocab.is_file() and pairs.is_file()):
+            raise ValueError("it has neither a tokenizer.json nor a vocab.json with a merges.txt")
+        bpe = Tokenizer(models.BPE.from_file(str(vocab), str(pairs)))
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        spec = json.loads(bpe.to_str())
+    for option in ("add_prefix_space", "add_bos_token", "add_eos_token"):
+        if settings.get(option):
+            raise ValueError(f"its tokenizer_config.json sets {option}")
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    more = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    for token, i in (more | read_json(path / "added_tokens.json")).items():
+        if added.setdefault(token, i) != i:
+            raise ValueError(f"its files give {token!r} two ids, {added[token]} and {i}")
+    return {**spec, "added_tokens": [{"content": token, "id": i} for token, i in added.items()]}
+
+
+def build_encoding(name, spec):
+    """The tiktoken.Encoding with the same ids as a tokenizer.json, given its content. Raises ValueError.
+
+    tiktoken joins any two neighbours that form a token, the token with the lowest id first; the tokenizers
+    library joins the pairs that `merges` lists, in that order. The results are the same if the list is in the
+    order of the ids and makes every token from its own bytes. All this is checked here, not assumed.
+    """
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str  # the pattern that splits text into GPT-2's words
+    from tokenizers import Tokenizer
+
+    model, splitter = spec["model"], spec.get("pre_tokenizer") or {}
+    if model.get("type", "BPE") != "BPE" or spec.get("normalizer"):
+        raise ValueError(f"it is no BPE, or has the normalizer {spec.get('normalizer')}")
+    if splitter.get("type") != "ByteLevel" or (
+            splitter["add_prefix_space"] or not splitter.get("use_regex", True)):
+        raise ValueError("its pre_tokenizer splits text in another way than GPT-2's")
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    joined = ["".join(pair) for pair in pairs]
+    made = {*byte_symbols(), *joined}
+    special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    if special.keys() & made:
+        raise ValueError(f"its added token {min(special.keys() & made)!r} is an ordinary token too")
+    special |= {token: i for token, i in model["vocab"].items()
+                if token not in made and re.fullmatch(r"[<\[].+[>\]]", token)}  # <pad>, for example
+    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+    if END_OF_TEXT not in special:
+        raise ValueError(f"it has no {END_OF_TEXT}, only {', '.join(special) or 'ordinary tokens'}")
+    if sorted([*vocab.values(), *special.values()]) != list(range(len(vocab) + len(special))):
+        raise ValueError("its ids are not 0, 1, 2, ...")
+    if not byte_symbols().keys() <= vocab.keys():
+        raise ValueError("it lacks a token for some of the 256 bytes")
+    order = [vocab[token] for token in joined]
+    if order != sorted(order):
+        raise ValueError("its merges are not in the order of its ids")
+
+    encoding = tiktoken.Encoding(name, pat_str=r50k_pat_str, special_tokens=special,
+                                 mergeable_ranks={to_bytes(token): i for token, i in vocab.items()})
+    theirs = Tokenizer.from_str(json.dumps({**spec, "added_tokens": [], "truncation": None, "padding": None}))
+    for token, i in vocab.items():
+        if [piece.id for piece in theirs.model.tokenize(token)] != [i]:
+            raise ValueError(f"its merges do not make its token {token!r}")
+    if theirs.encode(PROBE).ids != encoding.encode_ordinary(PROBE):
+        raise ValueError("it encodes text in another way than GPT-2's")
     return encoding
+
+
+def check_end_of_text(directory, encoding):
+    """Raise ValueError if a Hugging Face directory ends its texts with another token than <|endoftext|>."""
+    special = special_tokens(encoding)
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
+        content = read_json(directory / file)
+        token, ids = content.get("eos_token"), content.get("eos_token_id")
+        token = token["content"] if isinstance(token, dict) else token
+        # an id that is no special token is GPT2Config's default, which was not adapted to the vocabulary
+        named = [name for name, i in special.items() if i in (ids if isinstance(ids, list) else [ids])]
+        for name in (token, *named):
+            if name not in (None, END_OF_TEXT):
+                raise ValueError(f"its {file} ends texts with {name!r}, not with {END_OF_TEXT}")
+
+
+def special_tokens(encoding):
+    """The special tokens of an Encoding in the order of their ids: {token: id}."""
+    ids = {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
+    return dict(sorted(ids.items(), key=lambda item: item[1]))
+
+
+def ordinary_tokens(encoding):
+    """The tokens of an Encoding that text is made of, all but the special ones: {id: bytes}."""
+    special = set(special_tokens(encoding).values())
+    return {i: encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab) if i not in special}
+
+
+def padding_token(encoding):
+    """The special token that fills the shorter rows of a batch: <|endoftext|>, unless one is named for it."""
+    return next((token for token in special_tokens(encoding) if "pad" in token.lower()), END_OF_TEXT)
 
 
 def encode_text(text, encoding, special=False):
@@ -125,11 +232,15 @@ def get_fast_tokenizer(name="gpt2"):
 
 @functools.cache
 def rank_lines(name):
-    """The tokens of a tokenizer in the format of tiktoken's files: a line for each, base64 and rank."""
-    encoding = get_tokenizer(name)
-    # <|endoftext|>, the last id, is left out: no text encodes to it
-    tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
-    return b"".join(b"%b %d\n" % (b64encode(token), rank) for rank, token in enumerate(tokens))
+    """The tokens of a tokenizer in the format of tiktoken's files: a line for each, base64 and rank.
+
+    None if special tokens come before others: gigatoken wants the ranks 0, 1, 2, ...
+    """
+    # special tokens are left out: no text encodes to them
+    tokens = ordinary_tokens(get_tokenizer(name))
+    if max(tokens) >= len(tokens):
+        return None
+    return b"".join(b"%b %d\n" % (b64encode(token), rank) for rank, token in tokens.items())
 
 
 @functools.cache
@@ -190,16 +301,22 @@ def merges(vocab):
 def save_pretrained(encoding, directory, max_length):
     """Write a tiktoken.Encoding as a Hugging Face tokenizer with the same ids, for AutoTokenizer.
 
-    max_length: the model's context, in tokens. transformers warns about longer texts.
+    transformers 4 and llama.cpp read vocab.json and merges.txt beside tokenizer.json. max_length: the model's
+    context, in tokens. transformers warns about longer texts.
     """
     from transformers import GPT2Tokenizer
 
     symbols = {byte: symbol for symbol, byte in byte_symbols().items()}
-    tokens = [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]
-    vocab = {"".join(symbols[byte] for byte in token): rank for rank, token in enumerate(tokens)}
-    tokenizer = GPT2Tokenizer(vocab={**vocab, END_OF_TEXT: encoding.eot_token}, merges=merges(vocab),
-                              model_max_length=max_length)
+    vocab = {"".join(symbols[byte] for byte in token): rank
+             for rank, token in ordinary_tokens(encoding).items()}
+    special, pad = special_tokens(encoding), padding_token(encoding)
+    others = [token for token in special if token not in (END_OF_TEXT, pad)]
+    # padding on the left: a generated text must follow its prompt
+    tokenizer = GPT2Tokenizer(vocab={**vocab, **special}, merges=merges(vocab), model_max_length=max_length,
+                              pad_token=pad, padding_side="left",
+                              **({"extra_special_tokens": others} if others else {}))
     tokenizer.save_pretrained(directory)
+    tokenizer.backend_tokenizer.model.save(str(directory))  # vocab.json and merges.txt
 
 
 def main(args):
