@@ -39,7 +39,8 @@ def parse_args(argv=None):
         command.add_argument("directory", metavar="DIR", help="a run's log directory, or one checkpoint")
     command = commands.add_parser("export", help="write a model as a Hugging Face directory, and upload it")
     command.add_argument("source", metavar="MODEL",
-                         help="a run's log directory, one checkpoint, gpt2, ..., or a Hugging Face directory")
+                         help="a run's log directory, one checkpoint, gpt2, ..., another GPT-2 of the hub, or "
+                              "a Hugging Face directory")
     command.add_argument("directory", metavar="DIR", help="the new directory")
     command.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload it to this repository")
     return parser.parse_args(argv)
@@ -65,7 +66,7 @@ from kit.files import (
 )
 from kit.optim import load_state, state_tensors
 from model import GPT, GPT2_SIZES, GPTConfig
-from tokenizer import get_tokenizer
+from tokenizer import get_tokenizer, ordinary_tokens, special_tokens
 
 FORMAT = "gpt2 checkpoint, version 1"
 NAME = re.compile(r"ckpt_(\d{6,})$")
@@ -278,14 +279,15 @@ def clean(log_dir):
 
 
 def resolve(source):
-    """What `-m SOURCE` means: "gpt2..." or a Hugging Face directory (str), or a checkpoint (Path).
+    """What `-m SOURCE` means: a checkpoint (Path), or something of another program (str).
 
-    A log directory means its newest valid checkpoint. Raises UserError if it is none of these.
+    That is a Hugging Face directory, or a name on its hub such as "gpt2". A log directory means
+    its newest valid checkpoint. Raises UserError if it is none of these.
     """
     path = Path(source)
     if str(source) in GPT2_SIZES or (path / "config.json").is_file():
         return str(source)
-    if (path / "meta.json").is_file() or NAME.match(path.name):
+    if (path / "meta.json").is_file() or path.exists() and NAME.match(path.name):
         return path
     if path.is_dir():
         newest, problems = latest(path)
@@ -299,9 +301,9 @@ def resolve(source):
             f"train one with python train_gpt2.py --log_dir {source}, or use -m gpt2")
         raise UserError(f"{source} contains no valid checkpoint" + "".join(f"; {p}" for p in problems)
                         + f": {remedy}")
-    kind = "is not a checkpoint directory" if path.exists() else "does not exist"
-    raise UserError(f"{source} {kind}: name one of {', '.join(GPT2_SIZES)}, a log directory "
-                    "(python train_gpt2.py writes one), a checkpoint in it, or a Hugging Face directory")
+    if huggingface.HUB_NAME.fullmatch(str(source)) and not NAME.match(path.name):
+        return str(source)
+    raise UserError(f"{source} does not exist: {huggingface.MODELS}")
 
 
 def load_model(source, device="cpu"):
@@ -310,19 +312,29 @@ def load_model(source, device="cpu"):
     if isinstance(source, Path):
         return load(source, device)[0]
     try:
-        return GPT.from_pretrained(source).to(device)
+        shape, state = huggingface.read_gpt2(source)
+        return GPT.from_state(GPTConfig(**shape), state).to(device)
+    except UserError:
+        raise
     except Exception as error:  # transformers raises many types, from a truncated file to a refused pickle
         reason = first_line(error)
         if "weights_only" in str(error):  # torch's own message recommends running the pickle
             reason = "its weights are a pickle that holds more than tensors, which may run code"
-        raise UserError(f"{source} can't be loaded ({reason}); without a network, give -m a local directory"
-                        ) from error
+        elif isinstance(error, RuntimeError):  # torch's list of what does not fit starts in the second line
+            reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source} can't be loaded ({reason}): it is no complete GPT-2; copy it again, or "
+                        "name another model") from error
 
 
 def tokenizer_path(source):
-    """The argument of `get_tokenizer` for a model: the tokenizer.json next to its weights, or "gpt2"."""
-    path = Path(resolve(source)) / "tokenizer.json"
-    return str(path) if path.is_file() else "gpt2"
+    """The argument of `get_tokenizer` for a model: its tokenizer.json or directory, or "gpt2"."""
+    source = resolve(source)
+    if isinstance(source, Path):
+        path = source / "tokenizer.json"
+        return str(path) if path.is_file() else "gpt2"
+    if source in GPT2_SIZES:
+        return "gpt2"
+    return huggingface.tokenizer_of(source)
 
 
 def load_model_and_tokenizer(source, device="cpu"):
@@ -334,6 +346,21 @@ def load_model_and_tokenizer(source, device="cpu"):
                         f"{model.config.vocab_size}; put the tokenizer.json it was trained with next to it")
     model.config.num_tokens = tokenizer.n_vocab  # a Hugging Face config doesn't tell tokens from padding
     return model, tokenizer
+
+
+def check_tokenizer(source, tokenizer, data_dir, say):
+    """Raise UserError unless the data's tokenizer gives every text the same ids as the model's, `source`'s.
+
+    say: called with a line if the model has special tokens that the data's tokenizer lacks.
+    """
+    theirs = get_tokenizer(tokenizer_path(source))
+    ours, special = special_tokens(tokenizer), special_tokens(theirs)
+    if ordinary_tokens(tokenizer) != ordinary_tokens(theirs) or not ours.items() <= special.items():
+        raise UserError(f"--data_dir {data_dir}: its tokenizer is not the one of {source}: prepare the data "
+                        "again with the model's, fineweb_edu.py --tokenizer FILE")
+    lacking = ", ".join(token for token in special if token not in ours)
+    if lacking:
+        say(f"the tokenizer of this run is that of {data_dir}: it lacks {lacking} of {source}")
 
 
 def export(source, directory, push_to_hub=None):

@@ -38,6 +38,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in linear layers and LayerNorms, as in GPT-2
     num_tokens: int | None = None  # ids of the tokenizer, the rest is padding; None: GPT-2's
+    gelu: str = "tanh"  # its approximation, as in GPT-2; "none": the exact GELU of nanoGPT and Cerebras-GPT
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "num_tokens"):
@@ -52,6 +53,8 @@ class GPTConfig:
             raise ValueError(f"num_tokens ({self.num_tokens}) must not exceed vocab_size ({self.vocab_size})")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, not {self.dropout!r}")
+        if self.gelu not in ("tanh", "none"):
+            raise ValueError(f"gelu must be 'tanh' or 'none', not {self.gelu!r}")
 
 
 class KVCache:
@@ -114,9 +117,10 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True
         self.dropout = nn.Dropout(config.dropout)
+        self.gelu = config.gelu
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # GPT-2 was trained with tanh, not with the exact GELU
+        x = F.gelu(self.c_fc(x), approximate=self.gelu)  # GPT-2 was trained with tanh, not the exact GELU
         return self.dropout(self.c_proj(x))
 
 
@@ -329,9 +333,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source):
-        """The model of "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a Hugging Face directory.
+        """The model of "gpt2", ..., "gpt2-xl", another GPT-2 of the hub, or a Hugging Face directory.
 
-        Raises ValueError if it is not a GPT-2 as published, OSError if it can't be found or downloaded.
+        Raises ValueError if it is not found or not a GPT-2 as published, OSError for unreadable files.
         """
         shape, state = huggingface.read_gpt2(source)
         return cls.from_state(GPTConfig(**shape), state)
@@ -354,9 +358,12 @@ class GPT(nn.Module):
         """The state dict without lm_head.weight, which is the same tensor as transformer.wte.weight."""
         return {name: tensor for name, tensor in self.state_dict().items() if name != "lm_head.weight"}
 
-    def save_pretrained(self, directory):
-        """Write a Hugging Face directory for `GPT2LMHeadModel.from_pretrained`, without the padding rows."""
-        huggingface.write_gpt2(self, directory)
+    def save_pretrained(self, directory, end_of_text=None, padding=None):
+        """Write a Hugging Face directory for `GPT2LMHeadModel.from_pretrained`, without the padding rows.
+
+        end_of_text, padding: ids of these tokens (default: the tokenizer's last id).
+        """
+        huggingface.write_gpt2(self, directory, end_of_text, padding)
 
 
 def check_sampling(idx, max_new_tokens, temperature, top_k, top_p):

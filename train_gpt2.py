@@ -294,7 +294,7 @@ def open_model(args, config, data, identity, run, ranks):
             changes.append(f"learning rate at step {step} {rates[0]} -> {rates[1]}")
         ranks.say(*(f"changed: {change}" for change in changes), f"resuming {newest} at step {step}")
     elif args.init_from:
-        model = load_init(args, data)
+        model = load_init(args, data, ranks)
         shape = ", ".join(f"{name} {getattr(model.config, name)}" for name in recipe.SHAPE)
         ranks.say(f"weights and shape are those of {args.init_from}: {shape}")
     else:
@@ -308,7 +308,7 @@ def open_model(args, config, data, identity, run, ranks):
     return model.to(ranks.device).train(), newest, meta
 
 
-def load_init(args, data):
+def load_init(args, data, ranks):
     """The model that --init_from names; its shape overrides the flags. UserError if the data differs."""
     model = checkpoint.load_model(args.init_from)
     if args.sequence_length > model.config.block_size:
@@ -318,10 +318,7 @@ def load_init(args, data):
         raise UserError(f"--data_dir {args.data_dir}: its tokenizer has {data.num_tokens} ids, "
                         f"{args.init_from} only {model.config.vocab_size}")
     if data.tokenizer:
-        probe = "Two tokenizers are the same if they encode this text to the same ids.\n"
-        theirs = get_tokenizer(checkpoint.tokenizer_path(args.init_from))
-        if theirs.encode_ordinary(probe) != data.tokenizer.encode_ordinary(probe):
-            raise UserError(f"--data_dir {args.data_dir}: its tokenizer is not the one of {args.init_from}")
+        checkpoint.check_tokenizer(args.init_from, data.tokenizer, args.data_dir, ranks.say)
     config = replace(model.config, num_tokens=data.num_tokens, dropout=args.dropout)
     return GPT.from_state(config, model.state_dict())  # rebuilt, because its layers contain the dropout
 

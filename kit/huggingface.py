@@ -1,10 +1,13 @@
-"""GPT-2 in Hugging Face's format: weights in and out, model card, upload.
+"""GPT-2 in Hugging Face's format: from the hub or a directory, exported, with a model card, uploaded.
 
 AutoModelForCausalLM, AutoTokenizer, pipeline("text-generation") and lm-evaluation-harness load an exported
 directory without a network, and so does every -m here. Importing this file does not import transformers.
 """
 
+import functools
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -42,48 +45,124 @@ RESULTS = {"train": "training loss, nats per token", "val": "validation loss, na
            "val_bpb": "validation loss, bits per byte", "hella": "HellaSwag acc_norm, completion protocol"}
 
 
+# the files of a model on the hub that are downloaded, besides its .json files
+WEIGHTS = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin")  # the first that exists
+# a directory with any of these has a tokenizer
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*_tokens*.json")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)  # name, or owner/name
+# the remedy for a model that is not found
+MODELS = ("name a log directory (python train_gpt2.py writes one), a checkpoint in it, a Hugging Face "
+          "directory, gpt2, ..., gpt2-xl, or another GPT-2 of the hub (OWNER/NAME)")
+TIMEOUT = 3  # seconds to wait for the hub before the cache is used
+# how Hugging Face names the GELUs of GPTConfig
+GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+
+
+def locate(source):
+    """The local directory of the model that `source` names: a directory, or a name on the hub. UserError."""
+    return Path(source) if Path(source).is_dir() else download(source)
+
+
+@functools.cache
+def download(name):
+    """The local directory of a model of the hub, which is downloaded once. Raises UserError."""
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        files = [file.rfilename for file in HfApi().model_info(name, timeout=TIMEOUT).siblings]
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{name} does not exist here, and the Hugging Face hub shows no model of that name: "
+                        f"{MODELS}") from error
+    except Exception as error:  # the hub's library raises many types
+        config = try_to_load_from_cache(name, "config.json")
+        if isinstance(config, str):
+            return Path(config).parent
+        raise UserError(f"{name} does not exist here, and the Hugging Face hub can't be reached "
+                        f"over the network ({first_line(error)}): {MODELS}") from error
+    weights = [[file for file in files if re.fullmatch(pattern, file)] for pattern in WEIGHTS]
+    texts = [file for file in files if "/" not in file and file.endswith((".json", ".txt", ".model"))]
+    try:
+        return Path(snapshot_download(name, allow_patterns=texts + (weights[0] or weights[1])))
+    except Exception as error:
+        raise UserError(f"{name} can't be downloaded from the Hugging Face hub ({first_line(error)}): repeat "
+                        "the command, which keeps what is complete") from error
+
+
+def tokenizer_of(source):
+    """The argument of `get_tokenizer` for a model: its directory, or "gpt2" if that has no tokenizer."""
+    directory = locate(source)
+    if any(file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)):
+        return str(directory)
+    if directory != Path(source):  # on the hub, every GPT-2 has one
+        raise UserError(f"{source}: its tokenizer is not in the cache of the Hugging Face hub; load the "
+                        "model once with a network")
+    ids = tokenizer.read_json(directory / "config.json").get("vocab_size", 50257)
+    if ids < 50257:
+        raise UserError(f"{source} has no tokenizer, and {ids} token ids, too few for GPT-2's: put its "
+                        "tokenizer.json into that directory")
+    print(f"{source} has no tokenizer: GPT-2's is used", file=sys.stderr)
+    return "gpt2"
+
+
 def read_gpt2(source):
     """The GPT-2 that `source` names on the hub or on disk: (GPTConfig's arguments as a dict, state dict).
 
-    Raises ValueError if it differs from GPT-2 as published, OSError if it can't be found or downloaded.
+    Raises UserError if it can't be found or downloaded, or computes something else than this GPT would.
     """
+    directory = locate(source)  # before the import, which takes seconds
     from transformers import AutoConfig, GPT2LMHeadModel
+    from transformers.utils import logging
 
-    config = AutoConfig.from_pretrained(source)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it warns of is checked below
+    config = AutoConfig.from_pretrained(directory)
     if config.model_type != "gpt2":
-        raise ValueError(f"{source} is a {config.model_type}, not a GPT-2")
+        raise UserError(f"{source} is a {config.model_type}, not a GPT-2: run it with transformers")
     as_published = dict(
-        activation_function=("gelu_new", "gelu_pytorch_tanh"), layer_norm_epsilon=(1e-5,),
+        activation_function=tuple(GELUS), layer_norm_epsilon=(1e-5,),
         tie_word_embeddings=(True,), scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
         add_cross_attention=(False,), n_inner=(None, 4 * config.n_embd),
     )
     for name, expected in as_published.items():
         if getattr(config, name) not in expected:
-            raise ValueError(f"{source} has {name}={getattr(config, name)!r}, GPT-2 has {expected[0]!r}")
+            raise UserError(f"{source} has {name}={getattr(config, name)!r}, GPT-2 has {expected[0]!r}: run "
+                            "this model with transformers")
 
     shape = dict(block_size=config.n_positions, vocab_size=config.vocab_size, n_layer=config.n_layer,
-                 n_head=config.n_head, n_embd=config.n_embd)
-    theirs, info = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    # transformers fills in missing tensors with random numbers
+                 n_head=config.n_head, n_embd=config.n_embd, gelu=GELUS[config.activation_function])
+    theirs, info = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    # transformers fills in missing tensors with random numbers, and leaves out layers beyond n_layer
     missing = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])} - {"lm_head.weight"})
     if missing:
-        raise ValueError(f"{source} lacks {', '.join(missing[:3])}, or has it in another shape")
+        raise UserError(f"{source} lacks {', '.join(missing[:3])}, or has it in another shape: download or "
+                        "export it again")
+    layers = re.compile(r"\bh\.\d+\.(ln_|mlp\.|attn\.c_)")
+    extra = sorted(name for name in info["unexpected_keys"] if layers.search(name))
+    if extra:
+        raise UserError(f"{source} has {extra[0]}, but n_layer={config.n_layer} in its config.json")
+    # transformers ties the two, whatever the config says, only if the files hold one of them or equal ones
+    if not torch.equal(theirs.lm_head.weight, theirs.transformer.wte.weight):
+        raise UserError(f"{source}: lm_head.weight differs from transformer.wte.weight; in this GPT they are "
+                        "one matrix: run it with transformers")
     return shape, {name: convert(name, tensor) for name, tensor in theirs.state_dict().items()}
 
 
-def write_gpt2(model, directory):
+def write_gpt2(model, directory, end_of_text=None, padding=None):
     """Write a GPT as a directory for `GPT2LMHeadModel.from_pretrained`, its vocabulary without padding.
 
-    That class always has biases: for a model without (bias=False) they are zeros.
+    That class always has biases: for a model without (bias=False) they are zeros. end_of_text, padding: ids
+    of the tokenizer; by default both are the last one, as in GPT-2's.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
-    end_of_text = c.num_tokens - 1
+    end_of_text = c.num_tokens - 1 if end_of_text is None else end_of_text
     theirs = GPT2LMHeadModel(GPT2Config(
-        vocab_size=c.num_tokens, n_positions=c.block_size,
+        vocab_size=c.num_tokens, n_positions=c.block_size, n_ctx=c.block_size,  # n_ctx is for llama.cpp
         n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+        activation_function=next(name for name, gelu in GELUS.items() if gelu == c.gelu),
         bos_token_id=end_of_text, eos_token_id=end_of_text,
     ))
     state = {name: torch.zeros_like(tensor) for name, tensor in theirs.state_dict().items()
@@ -92,7 +171,8 @@ def write_gpt2(model, directory):
     state["transformer.wte.weight"] = state["transformer.wte.weight"][: c.num_tokens]
     state["lm_head.weight"] = state["transformer.wte.weight"]
     theirs.load_state_dict(state)
-    theirs.generation_config.pad_token_id = end_of_text  # generate() would take it too, with a warning
+    # generate() would take <|endoftext|> too, with a warning
+    theirs.generation_config.pad_token_id = end_of_text if padding is None else padding
     theirs.save_pretrained(directory)
 
 
@@ -126,7 +206,8 @@ def write_directory(directory, model, encoding, card):
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
+        ids = encoding.eot_token, encoding.encode_single_token(tokenizer.padding_token(encoding))
+        model.save_pretrained(temporary, *ids)
         tokenizer.save_pretrained(encoding, temporary, model.config.block_size)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         share_tensors(temporary)
@@ -151,17 +232,18 @@ def model_card(model, name, source, meta=None, log_dir=None):
     """The README.md of a model for the hub: its shape, and what its run recorded up to its step.
 
     source: where the weights are from. meta and log_dir: of a checkpoint of ours, which may have been moved
-    away from its run's directory.
+    away from its run's directory. A card may be published: it holds no path of this machine.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    rows, data, evaluations = [("weights from", source)], {}, None
+    origin = Path(source).name if Path(source).exists() else source
+    rows, data, evaluations = [("weights from", origin)], {}, None
     if meta:
         record, settings = read_record(log_dir), meta.get("identity", {})
         data = record["data_source"]
         rows = [("steps", f"{meta['step']:,}")]
         for key, value in data.items():
-            rows.append((key, value if isinstance(value, str) else ", ".join(file["name"] for file in value)))
+            rows.append((key, value if isinstance(value, str) else file_names(value)))
         rows += [(setting, settings[setting]) for setting in TRAINING if setting in settings]
         curves = read_curves(log_dir)
         for stream, meaning in RESULTS.items():
@@ -184,4 +266,15 @@ def model_card(model, name, source, meta=None, log_dir=None):
     return CARD.format(
         front_matter=front_matter.to_yaml(), name=name, parameters=parameters, n_layer=c.n_layer,
         n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size, num_tokens=c.num_tokens,
-        training="\n".join(f"| {what} | {value} |" for what, value in rows))
+        training="\n".join(f"| {what} | {table_cell(value)} |" for what, value in rows))
+
+
+def file_names(files):
+    """Up to three names of a list of files, and how many there are."""
+    names = ", ".join(Path(file["name"]).name for file in files[:3])
+    return names if len(files) <= 3 else f"{len(files):,} files: {names}, ..."
+
+
+def table_cell(value):
+    """A value as one cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -24,7 +24,12 @@ def serve(handler, **state):
         server.server_close()
 
 
-def serve_dataset(files, faults=(), repository=REPOSITORY, revision=REVISION):
+def serve_model(files, repository):
+    """Serve {path: bytes} as a model of the hub, as `serve_dataset` does."""
+    return serve_dataset(files, repository=repository, kind="models")
+
+
+def serve_dataset(files, faults=(), repository=REPOSITORY, revision=REVISION, kind="datasets"):
     """Serve {path: bytes} as a dataset of the hub. The server collects the requests in `asked`.
 
     faults: what the first requests get instead: "503", "429", "half" of a file; or "none": never a file.
@@ -39,7 +44,8 @@ def serve_dataset(files, faults=(), repository=REPOSITORY, revision=REVISION):
             if fault.isdigit():
                 del self.server.faults[0]
                 return self.reply(int(fault), b"", {})
-            api, file = f"/api/datasets/{repository}", f"/datasets/{repository}/resolve/"
+            prefix = "/" if kind == "models" else f"/{kind}/"
+            api, file = f"/api/{kind}/{repository}", f"{prefix}{repository}/resolve/"
             if path.startswith(f"{api}/tree/"):
                 below = path.removeprefix(f"{api}/tree/{revision}").strip("/")
                 self.reply_json(tree(f"{below}/" if below else "", "recursive=true" in url.query.lower()))
@@ -56,7 +62,8 @@ def serve_dataset(files, faults=(), repository=REPOSITORY, revision=REVISION):
                 headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": revision}
                 self.reply(200, content, headers, torn=fault == "half" and self.command == "GET")
             else:
-                self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+                unknown = path.startswith("/api/") and not path.startswith(api)
+                self.reply(404, b"", {"X-Error-Code": "RepoNotFound" if unknown else "EntryNotFound"})
 
         do_HEAD = do_POST = do_GET
 

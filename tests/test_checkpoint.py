@@ -109,7 +109,8 @@ def test_clean_restores_the_old_checkpoint_after_a_kill_between_two_renames(tmp_
     assert same(checkpoint.load_model(tmp_path / "best"), old) and not list(tmp_path.glob(".*"))
 
 
-def test_a_source_or_device_that_does_not_exist_is_refused(tmp_path):
+def test_a_source_or_device_that_does_not_exist_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # gpt3 might be a name of the hub
     for source in (tmp_path, tmp_path / "missing", "gpt3"):
         with pytest.raises(UserError, match="checkpoint"):
             checkpoint.load_model(source)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import checkpoint
 from checkpoint import export, load_model_and_tokenizer
+from kit.huggingface import model_card
 
 TEXTS = ["The try statement\n\nspecifies  exception handlers", " ünï 😀 \t<b>'s</b>", "def f(x):\n    pass"]
 
@@ -50,7 +51,7 @@ def test_an_exported_run_with_a_learned_tokenizer(whole, tmp_path, shards):
     check_export(tmp_path / "hf", *load_model_and_tokenizer(log_dir))
     files = {path.name: path for path in (tmp_path / "hf").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-            "tokenizer_config.json", "README.md"} == files.keys()
+            "tokenizer_config.json", "vocab.json", "merges.txt", "README.md"} == files.keys()
     card = files["README.md"].read_text()
     assert "| steps | 12 |" in card and "| max_lr | 0.003 |" in card and "| files | topics |" in card
     for step, stream in ((11, "train"), (12, "val"), (12, "val_bpb")):
@@ -145,4 +146,16 @@ def test_push_to_hub_uploads_all_files(whole, tmp_path):
     assert sent == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
     assert b'"text-generation", "me/tiny"' in sent["README.md"]
     assert_refused(refused, "--push_to_hub me/tiny", "403", "the export is complete in")
-    assert len(list((tmp_path / "other").iterdir())) == 6
+    assert len(list((tmp_path / "other").iterdir())) == 8
+
+
+def test_a_model_card_counts_many_files_and_holds_no_path(small_run, tmp_path):
+    model = checkpoint.load_model(small_run)
+    files = [{"name": f"/home/me/secret/part|{i}.txt"} for i in range(300)]
+    (tmp_path / "run.json").write_text(json.dumps({"data_source": {"files": files, "note": "a|b\nc"}}))
+    card = model_card(model, "my_gpt2", tmp_path, {"step": 3}, tmp_path)
+    assert "| files | 300 files: part\\|0.txt, part\\|1.txt, part\\|2.txt, ... |" in card
+    assert "| note | a\\|b c |" in card and "secret" not in card
+    card = model_card(model, "my_gpt2", tmp_path)
+    assert f"| weights from | {tmp_path.name} |" in card and str(tmp_path) not in card
+    assert "| weights from | someone/tiny-gpt2 |" in model_card(model, "my_gpt2", "someone/tiny-gpt2")

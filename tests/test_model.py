@@ -90,7 +90,7 @@ def test_save_pretrained_drops_the_padding(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    dict(activation_function="gelu"), dict(scale_attn_by_inverse_layer_idx=True),
+    dict(activation_function="relu"), dict(scale_attn_by_inverse_layer_idx=True),
 ])
 def test_a_gpt2_with_another_architecture_is_refused(tmp_path, change):
     config = transformers.GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=1, n_head=2, **change)
