@@ -39,8 +39,8 @@ def parse_args(argv=None):
         command.add_argument("directory", metavar="DIR", help="a run's log directory, or one checkpoint")
     command = commands.add_parser("export", help="write a model as a Hugging Face directory, and upload it")
     command.add_argument("source", metavar="MODEL",
-                         help="a run's log directory, one checkpoint, gpt2, ..., another GPT-2 of the hub, or "
-                              "a Hugging Face directory")
+                         help="a run's log directory, one checkpoint, gpt2, ..., another GPT-2 of the hub, a "
+                              "Hugging Face directory, or a .pt file of nanoGPT or build-nanogpt")
     command.add_argument("directory", metavar="DIR", help="the new directory")
     command.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload it to this repository")
     return parser.parse_args(argv)
@@ -53,7 +53,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kit import huggingface
+from kit import huggingface, nanogpt
 from kit.files import (
     UserError,
     digest,
@@ -281,11 +281,11 @@ def clean(log_dir):
 def resolve(source):
     """What `-m SOURCE` means: a checkpoint (Path), or something of another program (str).
 
-    That is a Hugging Face directory, or a name on its hub such as "gpt2". A log directory means
-    its newest valid checkpoint. Raises UserError if it is none of these.
+    That is a Hugging Face directory, a name on its hub such as "gpt2", or a file of nanoGPT or build-nanogpt.
+    A log directory means its newest valid checkpoint. Raises UserError if it is none of these.
     """
     path = Path(source)
-    if str(source) in GPT2_SIZES or (path / "config.json").is_file():
+    if str(source) in GPT2_SIZES or (path / "config.json").is_file() or path.is_file():
         return str(source)
     if (path / "meta.json").is_file() or path.exists() and NAME.match(path.name):
         return path
@@ -311,8 +311,9 @@ def load_model(source, device="cpu"):
     source = resolve(source)
     if isinstance(source, Path):
         return load(source, device)[0]
+    read = nanogpt.read_gpt2 if Path(source).is_file() else huggingface.read_gpt2
     try:
-        shape, state = huggingface.read_gpt2(source)
+        shape, state = read(source)
         return GPT.from_state(GPTConfig(**shape), state).to(device)
     except UserError:
         raise
@@ -332,7 +333,7 @@ def tokenizer_path(source):
     if isinstance(source, Path):
         path = source / "tokenizer.json"
         return str(path) if path.is_file() else "gpt2"
-    if source in GPT2_SIZES:
+    if source in GPT2_SIZES or Path(source).is_file():
         return "gpt2"
     return huggingface.tokenizer_of(source)
 

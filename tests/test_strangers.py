@@ -91,6 +91,9 @@ def test_no_unsafe_load_in_the_sources():
         found = [line for line in path.read_text().splitlines() if unsafe.search(line)]
         if path.name == "peers.py":  # runs the script of a peer, which is its purpose
             found = [line for line in found if "exec(compile(tree" not in line]
+        if path.name == "nanogpt.py":  # reads the pickles of others, and never more than their tensors
+            safe = 'saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)'
+            found = [line for line in found if line.strip() != safe]
         assert not found, (path, found)
 
 

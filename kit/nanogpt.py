@@ -1,0 +1,63 @@
+"""Checkpoints of nanoGPT (ckpt.pt) and build-nanogpt (model_19072.pt): the weights, and nothing but them.
+
+Both are pickles. torch's weights_only loader builds only tensors and plain values out of them, and runs no
+code that they name. Optimizer states stay unread.
+"""
+
+import math
+import re
+import sys
+
+import torch
+
+from kit.files import UserError
+
+SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+VOCABULARIES = (50257, 50304)  # GPT-2's, and the same padded, as both programs do
+LLM_C = (20240326).to_bytes(4, "little")  # the first bytes of llm.c's model files
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of DDP and torch.compile
+MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks that older files hold
+
+
+class SavedConfig:
+    """Takes the place of the class GPTConfig that build-nanogpt pickles; it only holds the values."""
+
+
+def read_gpt2(path):
+    """The GPT-2 in a file of either program: (GPTConfig's arguments as a dict, state dict).
+
+    Prints where the weights are from. Raises UserError if the file is anything else.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) == LLM_C:
+            raise UserError(f"{path} is a model of llm.c: convert it with llm.c's dev/eval/export_hf.py, and "
+                            "name the directory that it writes")
+    try:
+        with torch.serialization.safe_globals([(SavedConfig, "__main__.GPTConfig")]):
+            saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if "model_args" in saved:
+            program, config, gelu = "nanoGPT", saved["model_args"], "none"  # it uses nn.GELU()
+            step, loss = saved.get("iter_num"), saved.get("best_val_loss")
+        else:
+            program, config, gelu = "build-nanogpt", vars(saved["config"]), "tanh"
+            step, loss = saved.get("step"), saved.get("val_loss")
+        shape = {name: config[name] for name in SHAPE}
+        state = {WRAPPERS.sub("", name): tensor.to(torch.float32, copy=True)
+                 for name, tensor in saved["model"].items() if not name.endswith(MASKS)}
+        embedding = state["transformer.wte.weight"]
+        head, loss = state.pop("lm_head.weight", embedding), math.nan if loss is None else float(loss)
+    except Exception as error:  # torch raises many types
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise UserError(f"{path} is not a checkpoint of this program, of nanoGPT or of build-nanogpt "
+                        f"({reason})") from error
+    if shape["vocab_size"] not in VOCABULARIES:
+        raise UserError(f"{path} has {shape['vocab_size']} token ids, GPT-2's tokenizer has 50257: it needs "
+                        "a meta.pkl, a pickle, which is never opened here; encode the text again with "
+                        "fineweb_edu.py, and train on that")
+    if not torch.equal(head, embedding):
+        raise UserError(f"{path}: lm_head.weight differs from transformer.wte.weight; in this GPT they are "
+                        "one matrix: run this model with the program that made it")
+    measured = f", validation loss {loss:.4f}" if abs(loss) < 1e3 else ""  # nanoGPT begins with 1e9
+    print(f"{path}: weights of {program}, step {step}{measured}; the optimizer's state is not read",
+          file=sys.stderr)
+    return {**shape, "bias": "transformer.ln_f.bias" in state, "gelu": gelu}, state
