@@ -364,6 +364,22 @@ def check_tokenizer(source, tokenizer, data_dir, say):
         say(f"the tokenizer of this run is that of {data_dir}: it lacks {lacking} of {source}")
 
 
+def crop_positions(model, block_size, source, say):
+    """Shorten the context of a model, in place, to block_size tokens: its first positions. Raises UserError.
+
+    say: called with a line if that changes the model.
+    """
+    positions = model.transformer.wpe
+    if block_size > positions.num_embeddings:
+        raise UserError(f"--block_size {block_size}: {source} has learned only {positions.num_embeddings} "
+                        "positions; leave the flag out")
+    if block_size < positions.num_embeddings:
+        say(f"--block_size {block_size}: the model keeps the first {block_size} of the "
+            f"{positions.num_embeddings} positions of {source}")
+    positions.weight = torch.nn.Parameter(positions.weight[:block_size].detach().clone())
+    positions.num_embeddings = model.config.block_size = block_size
+
+
 def export(source, directory, push_to_hub=None):
     """Write the model that `source` names (see `resolve`) as a new Hugging Face directory, and upload it.
 

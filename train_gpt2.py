@@ -63,6 +63,7 @@ def parse_args(argv=None):
     add("--track", choices=("wandb", "trackio", "tensorboard"), help="also send the numbers of log.txt there")
     args = parse_with_configs(parser, argv)
 
+    args.crop_to = args.block_size if args.init_from else None
     if args.block_size is None:
         args.block_size = args.sequence_length
     for flag in ("block_size", "val_tokens"):
@@ -319,6 +320,8 @@ def load_init(args, data, ranks):
                         f"{args.init_from} only {model.config.vocab_size}")
     if data.tokenizer:
         checkpoint.check_tokenizer(args.init_from, data.tokenizer, args.data_dir, ranks.say)
+    if args.crop_to:
+        checkpoint.crop_positions(model, args.crop_to, args.init_from, ranks.say)
     config = replace(model.config, num_tokens=data.num_tokens, dropout=args.dropout)
     return GPT.from_state(config, model.state_dict())  # rebuilt, because its layers contain the dropout
 

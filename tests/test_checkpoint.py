@@ -5,6 +5,7 @@ import shutil
 import make
 import pytest
 import torch
+from runs import train
 
 import checkpoint
 from checkpoint import DamagedCheckpoint, Progress
@@ -152,3 +153,17 @@ def test_list_and_verify_show_steps_losses_sizes_and_damage(tmp_path, capsys):
     for missing in (tmp_path / "nothing", tmp_path / "ckpt_000099", path):
         with pytest.raises(UserError, match="no checkpoint"):
             shown("list", missing)
+
+
+def test_init_from_crops_the_positions_to_block_size(tmp_path, shards, whole, capsys):
+    before = checkpoint.load_model(whole.log_dir)
+    flags = ["--init_from", whole.log_dir, "--max_steps", 1, "--sequence_length", 16, "--warmup_steps", 0]
+    train(shards, tmp_path / "cropped", *flags, "--block_size", 16)
+    assert "--block_size 16: the model keeps the first 16 of the 32 positions" in capsys.readouterr().out
+    cropped = checkpoint.load_model(tmp_path / "cropped")
+    assert cropped.config.block_size == 16 and cropped.transformer.wpe.weight.shape == (16, 32)
+    assert (cropped.transformer.wpe.weight - before.transformer.wpe.weight[:16]).abs().max() < 0.01
+    train(shards, tmp_path / "whole", *flags)  # no flag: all positions stay
+    assert checkpoint.load_model(tmp_path / "whole").config.block_size == 32
+    with pytest.raises(UserError, match="--block_size 64: .* has learned only 32 positions"):
+        train(shards, tmp_path / "longer", *flags, "--block_size", 64)
