@@ -310,11 +310,11 @@ def save_pretrained(encoding, directory, max_length):
     vocab = {"".join(symbols[byte] for byte in token): rank
              for rank, token in ordinary_tokens(encoding).items()}
     special, pad = special_tokens(encoding), padding_token(encoding)
-    others = [token for token in special if token not in (END_OF_TEXT, pad)]
     # padding on the left: a generated text must follow its prompt
     tokenizer = GPT2Tokenizer(vocab={**vocab, **special}, merges=merges(vocab), model_max_length=max_length,
-                              pad_token=pad, padding_side="left",
-                              **({"extra_special_tokens": others} if others else {}))
+                              pad_token=pad, padding_side="left")
+    # not as extra_special_tokens: transformers 5 writes a list, which version 4 can't read
+    tokenizer.add_tokens([token for token in special if token not in (END_OF_TEXT, pad)], special_tokens=True)
     tokenizer.save_pretrained(directory)
     tokenizer.backend_tokenizer.model.save(str(directory))  # vocab.json and merges.txt
 
