@@ -191,8 +191,9 @@ class Data:
 
 def model_config(args):
     """The GPTConfig that the flags describe. Raises UserError for an impossible shape."""
+    shape = {name: getattr(args, name) for name in recipe.SHAPE if getattr(args, name) is not None}
     try:
-        return GPTConfig(dropout=args.dropout, **{name: getattr(args, name) for name in recipe.SHAPE})
+        return GPTConfig(dropout=args.dropout, **shape)
     except ValueError as error:
         raise UserError(f"--{error}") from error
 
@@ -224,7 +225,7 @@ def open_data(args, ranks):
     with ranks.first_goes_ahead():
         if ranks.is_first:
             shards.verify_changed(args.data_dir)
-    if num_tokens > args.vocab_size and not args.init_from:
+    if args.vocab_size and num_tokens > args.vocab_size and not args.init_from:
         raise UserError(f"--vocab_size {args.vocab_size}: the shards of {args.data_dir} were encoded with "
                         f"{num_tokens} ids")
     val_windows = min(args.val_tokens // args.sequence_length, val.num_windows)
@@ -243,7 +244,7 @@ def open_tokenizer(args, ranks):
     name = shards.tokenizer_of(args.data_dir, args.data_tokenizer)
     tokenizer, problem = None, "a rank lacks the tokenizer"
     verified = shards.read_manifest(args.data_dir) is not None
-    known = verified or args.data_tokenizer or args.init_from or args.vocab_size >= GPT2_TOKENS
+    known = verified or args.data_tokenizer or args.init_from or (args.vocab_size or math.inf) >= GPT2_TOKENS
     if not verified:
         ranks.say(f"{args.data_dir} has no manifest: its shards can't be verified, and their tokenizer is "
                   + (f"assumed to be {name}" if known else "unknown"))
@@ -457,8 +458,11 @@ def train(args, at_exit):
                       if name not in ("device", "log_dir")})
     tune(ranks.device, training=True)
     run = at_exit.enter_context(Run(args.log_dir, ranks, args.resume, args.track, args.plot))
-    config, micro_steps = model_config(args), grad_accum_steps(args, ranks)
+    micro_steps, _ = grad_accum_steps(args, ranks), model_config(args)  # refused before any data is made
     data = open_data(args, ranks)
+    if args.vocab_size is None:  # a multiple of 128 makes matmuls faster on GPUs
+        args = argparse.Namespace(**{**vars(args), "vocab_size": math.ceil(data.num_tokens / 128) * 128})
+    config = model_config(args)
     identity = recipe.identity_of(vars(args)) | data.identity
     raw_model, newest, meta = open_model(args, config, data, identity, run, ranks)
     weights = meta.get("files", {}).get("model.safetensors", {}).get("digest")

@@ -39,7 +39,8 @@ SETTINGS = (
     Setting("n_layer", 12, "transformer blocks", "model"),
     Setting("n_head", 12, "attention heads per block", "model"),
     Setting("n_embd", 768, "width of the residual stream", "model"),
-    Setting("vocab_size", 50304, "rows of the embedding, at least the tokenizer's number of ids", "model"),
+    Setting("vocab_size", None, "rows of the embedding (default: the tokenizer's ids, padded to a multiple "
+            "of 128: 50304 for GPT-2's)", "model"),
     Setting("block_size", None, "longest context of the model (default: --sequence_length)", "model",
             recipe=False),
     Setting("bias", True, "biases in linear layers and LayerNorms", "model"),

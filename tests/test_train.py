@@ -19,6 +19,7 @@ from runs import (
     assert_same_end,
     copy_run,
     flags_of,
+    one_thread,
     read_log,
     run_here,
     run_script,
@@ -329,7 +330,15 @@ def test_the_defaults_are_the_recipe():
     assert (args.total_batch_size, args.max_steps, args.warmup_steps) == (524_288, 19_073, 715)
     assert (args.max_lr, args.min_lr, args.weight_decay, args.grad_clip) == (6e-4, 6e-5, 0.1, 1.0)
     assert (args.n_layer, args.n_head, args.n_embd) == (12, 12, 768)
-    assert (args.vocab_size, args.block_size) == (50304, 1024)
+    assert (args.vocab_size, args.block_size) == (None, 1024)
+
+
+def test_the_vocabulary_is_that_of_the_data(shards, whole, tmp_path):
+    flags = list(map(str, flags_of(shards, tmp_path / "log")))
+    at = flags.index("--vocab_size")
+    with one_thread():
+        main(parse_args(flags[:at] + flags[at + 2 :]))
+    assert_same_end(tmp_path / "log", whole)
 
 
 def test_every_config_is_complete_and_divides():
@@ -348,7 +357,7 @@ def assert_train_refuses(shards, log_dir, flags, *words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--total_batch_size", 300], ["--total_batch_size 300", "256, 384"]),
+    (["--total_batch_size", 300], ["--total_batch_size 300", "_size 256 or --total_batch_size 384"]),
     (["--n_embd", 33], ["--n_embd"]),
     (["--n_layer", 0], ["--n_layer"]),
     (["--vocab_size", 400], ["--vocab_size 400"]),
