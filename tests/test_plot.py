@@ -7,6 +7,7 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+from PIL import Image
 from runs import assert_refused, run_here, run_script
 
 import plot
@@ -15,6 +16,7 @@ from kit.files import UserError
 from kit.record import read_curves
 
 GPT2 = dict(n_layer=12, n_embd=768)
+HELLASWAG = dict(tokenizer="gpt2", hellaswag_examples=10042)  # the whole validation set
 FINEWEB_EDU = dict(dataset="HuggingFaceFW/fineweb-edu", name="sample-10BT")
 
 
@@ -44,6 +46,16 @@ def texts(figure):
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
+def names_in(figure):
+    """The names of the runs in the legend."""
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def units(figure):
+    """The labels of the y axes."""
+    return [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+
+
 @pytest.fixture(autouse=True)
 def style():
     with matplotlib.rc_context(pictures.STYLE):
@@ -54,18 +66,19 @@ def test_a_picture_shows_the_values_of_the_log(tmp_path):
     streams = ("train", "val", "hella", "lr", "norm", "tok/s")
     values = {stream: [1 + i + step / 8 for step in range(8)] for i, stream in enumerate(streams)}
     figure = pictures.picture([write_run(tmp_path / "run", 8, **values)])
-    shown = panel(figure, "loss") | panel(figure, "HellaSwag") | panel(figure, "learning rate")
-    shown |= panel(figure, "gradient norm") | panel(figure, "tokens per second")
+    shown = panel(figure, "Loss") | panel(figure, "HellaSwag") | panel(figure, "Learning-rate")
+    shown |= panel(figure, "Gradient norm") | panel(figure, "Throughput")
     assert len(figure.axes) == 5
     for stream in streams:
         assert shown[stream] == list(enumerate(values[stream]))
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["run"]
+    assert names_in(figure) == ["run"]
     assert {"train 1.8750", "val 2.8750", "3.8750", "4.9e+00", "5.88", "7"} == set(texts(figure))
+    assert all(axes.get_xlabel().startswith("step") and axes.get_ylabel() for axes in figure.axes)
 
 
 def test_no_panel_without_its_stream(tmp_path):
     figure = pictures.picture([write_run(tmp_path / "run", lr=lambda step: 1e-3)])
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["learning rate"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Learning-rate schedule"]
     write_run(tmp_path / "other", skipped=lambda step: 1)
     with pytest.raises(UserError, match="no log.txt with numbers"):
         pictures.picture([tmp_path / "other"])
@@ -75,14 +88,14 @@ def test_bits_per_byte_are_shown_without_hellaswag_or_for_several_runs(tmp_path)
     streams = dict.fromkeys(("train", "val", "val_bpb", "lr", "norm", "tok/s"), lambda step: 2 + step)
     one = write_run(tmp_path / "one", **streams)
     two, three = (write_run(tmp_path / name, hella=lambda step: 0.3, **streams) for name in ("two", "three"))
-    assert panel(pictures.picture([one]), "val loss in bits")
-    assert panel(pictures.picture([two, three]), "val loss in bits")  # their tokenizers may differ
+    assert panel(pictures.picture([one]), "Validation loss")
+    assert panel(pictures.picture([two, three]), "Validation loss")  # their tokenizers may differ
     assert len(pictures.picture([two]).axes) == 5
 
 
 def test_a_noisy_curve_is_drawn_with_its_running_mean(tmp_path):
     noise = np.random.default_rng(0).normal(3, 1, 400)
-    shown = panel(pictures.picture([write_run(tmp_path / "run", 400, train=noise)]), "loss")
+    shown = panel(pictures.picture([write_run(tmp_path / "run", 400, train=noise)]), "Loss")
     assert np.allclose([value for _, value in shown["train raw"]], noise)
     mean = [value for _, value in shown["train"]]
     assert np.allclose(mean, [noise[max(0, i - 3) : i + 1].mean() for i in range(400)])
@@ -100,36 +113,41 @@ def test_only_the_first_steps_may_be_outside_a_panel(tmp_path):
 def test_values_that_are_not_finite_are_left_out(tmp_path):
     values = [2, float("inf"), 4, float("nan"), 1e300, 3]
     figure = pictures.picture([write_run(tmp_path / "run", 6, norm=values, val=[float("nan")] * 6)])
-    assert [step for step, _ in panel(figure, "gradient norm")["norm"]] == [0, 2, 5]
-    assert panel(figure, "loss") == {}
+    assert [step for step, _ in panel(figure, "Gradient norm")["norm"]] == [0, 2, 5]
+    assert units(figure) == ["L2 norm"]
+    with pytest.raises(UserError, match="no log.txt with numbers"):
+        pictures.picture([write_run(tmp_path / "other", 3, val=[float("nan")] * 3)])
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_run_of_one_or_two_steps_is_drawn(tmp_path, steps):
     figure = pictures.picture([write_run(tmp_path / "run", steps)])
-    assert len(panel(figure, "loss")["train"]) == steps
-    assert len({line.get_color() for line in figure.axes[0].lines}) == 2  # train and val of one run
+    assert len(panel(figure, "Loss")["train"]) == steps
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 1  # colours mean runs
     figure.savefig(tmp_path / "picture.png")
 
 
 def test_several_runs_share_the_panels(tmp_path):
     folders = [write_run(tmp_path / name) for name in ("one", "_$two$_")]
     figure = pictures.picture(folders)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "_$two$_"]
+    assert names_in(figure) == ["one", "_$two$_"]
     drawn = [line.get_color() for line in figure.axes[0].lines if line.get_label() == "train"]
     assert drawn == [line.get_color() for line in figure.legends[0].get_lines()] == list(pictures.COLORS[:2])
     figure.savefig(tmp_path / "picture.png")  # text between $ is not a formula
     folders = [write_run(tmp_path / name / "log") for name in ("one", "two")]
-    names = [text.get_text() for text in pictures.picture(folders).legends[0].get_texts()]
+    names = names_in(pictures.picture(folders))
     assert names[0].endswith("one/log") and names[1].endswith("two/log")
 
 
 @pytest.mark.parametrize("record, lines", [
     (None, {}),
     ({}, {}),
-    (dict(flags=GPT2), {"GPT-2 124M": 0.2955, "GPT-3 125M": 0.337}),
-    (dict(flags=dict(n_layer=24, n_embd=1024)), {"GPT-2 350M": 0.3752, "GPT-3 350M": 0.436}),
+    (dict(flags=GPT2, **HELLASWAG), {"GPT-2 124M": 0.2955, "GPT-3 125M": 0.337}),
+    (dict(flags=dict(n_layer=24, n_embd=1024), **HELLASWAG), {"GPT-2 350M": 0.3752, "GPT-3 350M": 0.436}),
+    (dict(flags=GPT2), {}),
+    (dict(flags=GPT2, tokenizer="tokenizer.json", hellaswag_examples=10042), {}),
+    (dict(flags=GPT2, tokenizer="gpt2", hellaswag_examples=2009), {}),
     (dict(flags=dict(n_layer=12, n_embd=769), data_source=FINEWEB_EDU, tokenizer="gpt2"),
      {"GPT-2 124M": 3.2924}),
     (dict(data_source=FINEWEB_EDU, tokenizer="tokenizer.json"), {}),
@@ -149,16 +167,128 @@ def test_published_lines_are_shown_where_they_apply(tmp_path, record, lines):
 def test_published_lines_of_several_sizes(tmp_path):
     curves = dict(hella=lambda step: 0.3)
     sizes = [(12, 768), (12, 768), (48, 1600)]
-    folders = [write_run(tmp_path / str(i), record=dict(flags=dict(n_layer=n_layer, n_embd=n_embd)), **curves)
-               for i, (n_layer, n_embd) in enumerate(sizes)]
+    records = [dict(flags=dict(n_layer=n_layer, n_embd=n_embd), **HELLASWAG) for n_layer, n_embd in sizes]
+    folders = [write_run(tmp_path / str(i), record=record, **curves) for i, record in enumerate(records)]
     lines = pictures.picture(folders).axes[0].lines
     dashed = [line.get_label() for line in lines if line.get_linestyle() == "--"]
     assert dashed == ["GPT-2 124M", "GPT-3 125M", "GPT-2 1558M", "GPT-3 1.3B"]
 
 
-@pytest.mark.parametrize("count, name", [(1, "run"), (2, "a"), (3, "n" * 27), (7, "name_of_" * 10)])
-def test_no_text_is_cut_or_overlaps_another(tmp_path, monkeypatch, count, name):
-    record = dict(flags=dict(n_layer=48, n_embd=1600), data_source=FINEWEB_EDU, tokenizer="gpt2")
+def test_published_lines_must_apply_to_all_runs_of_a_panel(tmp_path):
+    curves = dict(val=lambda step: 4, hella=lambda step: 0.3)
+    record = dict(flags=GPT2, data_source=FINEWEB_EDU, **HELLASWAG)
+    one = write_run(tmp_path / "one", record=record, **curves)
+    web = write_run(tmp_path / "web", record={**record, "data_source": dict(dataset="HuggingFaceFW/fineweb")},
+                    **curves)
+    part = write_run(tmp_path / "part", record={**record, "hellaswag_examples": 2009}, **curves)
+    assert "GPT-2 124M" in panel(pictures.picture([one]), "Loss")
+    figure = pictures.picture([one, web])
+    assert "GPT-2 124M" not in panel(figure, "Loss") and "GPT-2 124M" in panel(figure, "HellaSwag")
+    figure = pictures.picture([one, part])
+    assert "GPT-2 124M" in panel(figure, "Loss") and "GPT-2 124M" not in panel(figure, "HellaSwag")
+    only_loss = write_run(tmp_path / "only_loss", record=dict(data_source=FINEWEB_EDU, tokenizer="gpt2"))
+    assert "GPT-2 124M" in panel(pictures.picture([one, only_loss]), "HellaSwag")
+
+
+LEARNED = dict(tokenizer="tokenizer.json", data_manifest="1")
+
+
+@pytest.mark.parametrize("record, other, unit", [
+    (HELLASWAG, HELLASWAG, "nats per token"), (LEARNED, LEARNED, "nats per token"),
+    (HELLASWAG, LEARNED, "bits per byte"), (LEARNED, {**LEARNED, "data_manifest": "2"}, "bits per byte"),
+    (HELLASWAG, None, "bits per byte"), (None, None, "bits per byte"),
+])
+def test_losses_of_different_tokenizers_are_drawn_per_byte(tmp_path, record, other, unit):
+    curves = dict.fromkeys(("train", "val", "val_bpb"), lambda step: 3)
+    folders = [write_run(tmp_path / name, record=facts, **curves)
+               for name, facts in (("one", record), ("other", other))]
+    figure = pictures.picture(folders)
+    assert (units(figure) == ["bits per byte"]) == (unit == "bits per byte")
+    assert len(panel(figure, "Loss" if unit == "nats per token" else "Validation loss")) >= 1
+
+
+@pytest.mark.parametrize("other, words", [
+    (LEARNED, r"one \(gpt2\).* other/log.txt has no val_bpb|other \(tokenizer.json\)"),
+    (None, r"other \(unknown\).*write {\"tokenizer\": \"NAME\"} into .*other/run.json"),
+])
+def test_losses_of_different_tokenizers_are_refused_without_bits_per_byte(tmp_path, other, words):
+    one = write_run(tmp_path / "one", record=HELLASWAG, val=lambda step: 3, val_bpb=lambda step: 1)
+    two = write_run(tmp_path / "other", record=other, val=lambda step: 3)
+    with pytest.raises(UserError, match=words):
+        pictures.picture([one, two])
+    without_loss = write_run(tmp_path / "without_loss", record=LEARNED, hella=lambda step: 0.3)
+    pictures.picture([one, without_loss])
+    bare = [write_run(tmp_path / name, val=lambda step: 3) for name in ("bare", "other_bare")]
+    assert units(pictures.picture(bare)) == ["nats per token"]  # logs of another program, without a run.json
+
+
+def test_the_last_value_is_written_where_its_curve_ends(tmp_path):
+    short = write_run(tmp_path / "short", 100, val=lambda step: 4 - step / 100)
+    long = write_run(tmp_path / "long", 300, val=lambda step: 4 - step / 100)
+    for log_x in (False, True):
+        figure = pictures.picture([short, long], log_x)
+        [axes] = figure.axes
+        ends = dict(zip(("3.0100", "1.0100"), axes.transData.transform([(99, 3.01), (299, 1.01)])))
+        for text in axes.texts:
+            if text.get_text() in ends:
+                x, y = axes.transAxes.transform(text.get_position()) - ends.pop(text.get_text())
+                assert 0 < x < 0.3 * figure.dpi and abs(y) < 0.1 * figure.dpi
+        assert not ends
+
+
+def test_every_run_in_the_legend_is_drawn(tmp_path):
+    run, empty = write_run(tmp_path / "run"), write_run(tmp_path / "empty", skipped=lambda step: 1)
+    for other in (tmp_path / "none", empty):
+        with pytest.raises(UserError, match=f"{other} has no log.txt with numbers"):
+            pictures.picture([run, other])
+
+
+@pytest.mark.parametrize("streams, entries", [
+    (("train", "val"), ["train", "validation"]), (("train",), ["train"]), (("val",), ["validation"]),
+])
+def test_the_legend_says_what_thin_and_thick_lines_mean(tmp_path, streams, entries):
+    figure = pictures.picture([write_run(tmp_path / "run", **dict.fromkeys(streams, lambda step: 3))])
+    legend = figure.axes[0].get_legend()
+    assert [text.get_text().partition(",")[0] for text in legend.get_texts()] == entries
+    width = {"train": 1, "validation": 2}
+    assert [line.get_linewidth() for line in legend.get_lines()] == [width[entry] for entry in entries]
+    for line in figure.axes[0].lines:
+        if line.get_label() in ("train", "val") and len(line.get_xdata()) > 1:  # not the dot of step 0
+            assert line.get_linewidth() == (1 if line.get_label() == "train" else 2)
+
+
+@pytest.mark.parametrize("log_x", [False, True])
+def test_tokens_are_a_second_x_axis(tmp_path, log_x):
+    record = dict(flags=dict(total_batch_size=4096))
+    figure = pictures.picture([write_run(tmp_path / "run", 1000, record)], log_x)
+    axes, top = figure.axes
+    assert top.get_xlabel() == "tokens"
+    for step in (0, 1, 30, 999):
+        below, above = axes.transData.transform((step, 0))[0], top.transData.transform((4096 * step, 0))[0]
+        assert below == pytest.approx(above)
+    other = write_run(tmp_path / "other", record=dict(flags=dict(total_batch_size=512)))
+    figure = pictures.picture([tmp_path / "run", other])
+    assert len(figure.axes) == 1 and names_in(figure) == ["run (4,096 tokens per step)",
+                                                          "other (512 tokens per step)"]
+
+
+def test_step_0_is_visible_or_said_to_be_outside_the_panel(tmp_path):
+    run = write_run(tmp_path / "run", 200, train=lambda step: 11 if step < 5 else 3, lr=lambda step: 1e-3)
+    figure = pictures.picture([run])
+    assert figure.axes[0].get_ylim()[1] < 11
+    assert [axes.get_xlabel() for axes in figure.axes] == ["step (not shown: 11.0000 at step 0)", "step"]
+    figure = pictures.picture([run], log_x=True)
+    axes = figure.axes[0]
+    assert axes.get_ylim()[1] > 11 and axes.get_xscale() == "symlog"
+    x, y = axes.transAxes.inverted().transform(axes.transData.transform((0, 11)))
+    assert 0 < x < 0.05 and 0 < y < 1 and axes.get_xlabel() == "step"
+
+
+@pytest.mark.parametrize("count, name, log_x", [
+    (1, "run", False), (2, "a", True), (3, "n" * 27, False), (7, "name_of_" * 10, False)])
+def test_no_text_is_cut_or_overlaps_another(tmp_path, monkeypatch, count, name, log_x):
+    record = dict(flags=dict(n_layer=48, n_embd=1600, total_batch_size=524288), data_source=FINEWEB_EDU,
+                  **HELLASWAG)
     curves = dict(train=lambda step: 3.29, val=lambda step: 3.3, val_bpb=lambda step: 1, lr=lambda step: 6e-4,
                   hella=lambda step: 0.49, norm=lambda step: 0.123, **{"tok/s": lambda step: 3_456_789})
     drawn, draw = [], matplotlib.text.Text.draw
@@ -170,7 +300,7 @@ def test_no_text_is_cut_or_overlaps_another(tmp_path, monkeypatch, count, name):
 
     monkeypatch.setattr("matplotlib.text.Text.draw", record_draw)
     figure = pictures.picture(
-        [write_run(tmp_path / f"{name}{i}", 40, record, **curves) for i in range(count)])
+        [write_run(tmp_path / f"{name}{i}", 40, record, **curves) for i in range(count)], log_x)
     figure.savefig(tmp_path / "picture.png")
     assert len(drawn) > 50
     for text, box in drawn:
@@ -180,13 +310,13 @@ def test_no_text_is_cut_or_overlaps_another(tmp_path, monkeypatch, count, name):
 
 
 def test_of_repeated_steps_the_last_counts_and_a_torn_line_is_dropped(tmp_path):
-    log = "3 val 9\n0 val 5\n1 val 4\n2 val 3\n1 val 4.5\n2 val 3.5\n3 val 2.5\n4 val 1"
+    log = "3 val 9\n\n0 val 5\n1 val 4\n2 val 3\n1 val 4.5\n2 val 3.5\n3 val 2.5\n4 val 1"
     (tmp_path / "log.txt").write_text(log)
     assert read_curves(tmp_path) == {"val": ([0, 1, 2, 3], [5, 4.5, 3.5, 2.5])}
-    assert panel(pictures.picture([tmp_path]), "loss") == {"val": [(0, 5), (1, 4.5), (2, 3.5), (3, 2.5)]}
+    assert panel(pictures.picture([tmp_path]), "Loss") == {"val": [(0, 5), (1, 4.5), (2, 3.5), (3, 2.5)]}
 
 
-@pytest.mark.parametrize("line", ["", "2 val", "2 val 3 4", "two val 3", "2 val three", "-2 val 3",
+@pytest.mark.parametrize("line", ["2 val", "2 val 3 4", "two val 3", "2 val three", "-2 val 3",
                                   "2.5 val 3", f"{2**63} val 3", "<<<<<<< HEAD"])
 def test_a_bad_line_is_refused_by_its_number(tmp_path, line):
     (tmp_path / "log.txt").write_text(f"0 val 5\n{line}\n1 val 4\n")
@@ -227,7 +357,7 @@ def test_a_long_run_is_drawn_with_few_points(tmp_path):
     figure = pictures.picture([write_run(tmp_path / "run", 19_073, **curves)])
     points = [len(line.get_xdata()) for axes in figure.axes for line in axes.lines]
     assert len(points) == 7 and max(points) <= 1100
-    raw = panel(figure, "loss")["train raw"]
+    raw = panel(figure, "Loss")["train raw"]
     assert raw == sorted(raw) and all(noise[step] == value for step, value in raw)
     assert {noise.argmin(), noise.argmax(), 19_072} <= {step for step, _ in raw}
 
@@ -235,9 +365,10 @@ def test_a_long_run_is_drawn_with_few_points(tmp_path):
 def test_the_command_draws_and_refuses(tmp_path, monkeypatch):
     one, two = (write_run(tmp_path / name) for name in ("one", "two"))
     run_script("plot.py", one)
-    assert (one / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with Image.open(one / "curves.png") as image:
+        assert image.width == 1800 and image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
     monkeypatch.chdir(tmp_path)
-    plot.main(plot.parse_args([str(one), str(two)]))
+    plot.main(plot.parse_args([str(one), str(two), "--log_x"]))
     assert (tmp_path / "curves.png").exists()
     assert_refused(run_here(plot, one, "--out", "curves.pdf"), "curves.pdf", ".svg")
     assert_refused(run_here(plot, *[one] * 8), "8 runs")
