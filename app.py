@@ -45,7 +45,7 @@ CSS = """
         white-space: pre; pointer-events: none; }
 .list div { padding-right: .5rem; overflow: hidden; text-overflow: ellipsis;
             background: linear-gradient(rgb(128 128 128 / .25) 0 0) 0 / var(--share) no-repeat; }
-.legend { margin-top: 1rem !important; }
+.legend { margin-bottom: 1rem !important; }
 .legend span { padding: .1rem .4rem; border-radius: 3px; white-space: nowrap; }
 """
 
@@ -54,7 +54,7 @@ LEGEND = '<p class="legend">Probability of each token: ' + " ".join(
     for level, name in enumerate(("under 1%", "1 to 10%", "10 to 50%", "50 to 90%", "over 90%"))
 ) + "<br>It is the model's own, before temperature, top-k and top-p. Point at a token, or tap it.</p>"
 
-# the list of the token under the pointer or the focus, beneath it and inside the text's edges
+# the alternatives to the token under the pointer or the focus: a list below it, inside the text's edges
 JS = """
 const list = document.createElement("div");
 list.className = "list";
@@ -97,6 +97,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     args = from_command_line(parse_args)
+    print("loading PyTorch", flush=True)  # the imports take seconds
 
 import torch
 
@@ -162,7 +163,10 @@ def write(model, tokenizer, prompt, temperature, top_k, top_p, max_new_tokens, s
 
 
 def serve(model, tokenizer, name, facts, **settings):
-    """Build the page of a model, headed by its name and facts, and launch it with gradio's `settings`."""
+    """Build and serve the page of a model, headed by its name and facts; return it while it is served.
+
+    settings: of gradio's `launch`.
+    """
     import gradio as gr
 
     def respond(*values):
@@ -180,7 +184,8 @@ def serve(model, tokenizer, name, facts, **settings):
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", min_width=120)
                     stop = gr.Button("Stop", min_width=120)
-                text = gr.HTML(html_template='<div class="text">${value}</div>' + LEGEND, js_on_load=JS,
+                # the legend is above the text, where no list of alternatives covers it
+                text = gr.HTML(html_template=LEGEND + '<div class="text">${value}</div>', js_on_load=JS,
                                elem_id="text", container=True, padding=True, apply_default_css=False)
             with gr.Column(scale=1, min_width=240):
                 inputs = [
@@ -196,7 +201,9 @@ def serve(model, tokenizer, name, facts, **settings):
                         concurrency_limit=4, api_name="generate")
         stop.click(None, cancels=writing)
     theme = gr.themes.Default(primary_hue="blue", font=gr.themes.Font("system-ui"))  # downloads no font
-    page.launch(theme=theme, css=CSS, footer_links=["gradio"], run_history=False, **settings)
+    # quiet: without gradio's advice to make the page public
+    page.launch(theme=theme, css=CSS, footer_links=["gradio"], run_history=False, quiet=True,
+                prevent_thread_lock=True, **settings)
     return page
 
 
@@ -207,10 +214,12 @@ def main(args):
         socket.create_server((host, port)).close()
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: the page can't be served there ({error})") from error
+    print("loading gradio", flush=True)
     try:
         importlib.import_module("gradio")
     except ImportError:
         raise UserError("the page needs gradio, which is not installed: pip install gradio") from None
+    print(f"loading {source}", flush=True)
     model, tokenizer = load_model_and_tokenizer(source, device)
     name = Path(source).name
     facts = f"{model.num_params():,} parameters, a context of {model.config.block_size:,} tokens"
@@ -219,7 +228,9 @@ def main(args):
         facts += f", step {read_meta(source, digests=False)['step']:,}"
     if device == "cpu":
         pack(model)
-    serve(model, tokenizer, name, facts, server_name=args.host, server_port=args.port)
+    page = serve(model, tokenizer, name, facts, server_name=args.host, server_port=args.port)
+    print(f"open {page.local_url} in a browser; Ctrl-C ends the page", flush=True)
+    page.block_thread()
 
 
 if __name__ == "__main__":

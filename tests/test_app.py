@@ -15,6 +15,7 @@ import time
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 from urllib.parse import urlsplit
 
 import pytest
@@ -155,6 +156,22 @@ def test_without_gradio_it_names_the_command(tmp_path, small_run):
     assert_refused(process, "pip install gradio")
 
 
+def test_it_says_what_it_loads_before_it_does(tmp_path, small_run, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    process = run_script("app.py", "-m", small_run, check=False, env={"PYTHONPATH": str(tmp_path)})
+    assert process.stdout == "loading PyTorch\n" and process.stderr == "torch is imported\n"
+
+    gradio = MagicMock()
+    gradio.Blocks().__enter__().local_url = "http://127.0.0.1:7860/"
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    process = run_here(app, "-m", small_run)
+    assert process.stdout.splitlines() == [
+        "loading gradio", f"loading {small_run / 'ckpt_000003'}",
+        "open http://127.0.0.1:7860/ in a browser; Ctrl-C ends the page"]
+    assert gradio.Blocks().__enter__().launch.call_args.kwargs["quiet"]  # no advice to make it public
+    gradio.Blocks().__enter__().block_thread.assert_called_once()
+
+
 @pytest.mark.parametrize("flags, words", [
     (["-m", "nowhere"], ["nowhere"]), (["--port", "65536"], ["--port"]), (["-d", "tpu"], ["--device", "tpu"]),
 ])
@@ -202,7 +219,7 @@ def served(loaded):
             running.remove(text)
 
     slow = SimpleNamespace(stream=stream, transformer=model.transformer, config=model.config)
-    page = app.serve(slow, tokenizer, "a <small> GPT", "of the tests", prevent_thread_lock=True, quiet=True)
+    page = app.serve(slow, tokenizer, "a <small> GPT", "of the tests")
     yield SimpleNamespace(url=page.local_url, running=running)
     page.close(verbose=False)
 
@@ -268,6 +285,10 @@ def test_browser_tokens_stream_in_and_show_their_probabilities(visitor, loaded, 
     until(lambda: counts.add(tokens.count()) or 60 in counts)
     assert len(counts) > 10 and shown_text(page) == text_of(loaded, max_new_tokens=60)
     expected = tokens_of(last(write(loaded, max_new_tokens=60)))[30].list
+    legend = page.locator(".legend").bounding_box()
+    for token in (tokens.first, tokens.last):
+        token.hover()
+        assert page.locator(".list:visible").bounding_box()["y"] > legend["y"] + legend["height"]
     for show in (tokens.nth(30).hover, tokens.nth(30).focus):
         page.locator("h1").click()  # away from the tokens
         assert page.locator(".list:visible").count() == 0
@@ -314,7 +335,7 @@ def test_browser_two_visitors_at_once(visitor, loaded, served):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("values, words", [
-    (dict(prompt=""), "There is no prompt"), (dict(Seed=""), "The seed must be"),
+    (dict(prompt=""), "The prompt is empty"), (dict(Seed=""), "The seed must be"),
     (dict(Seed=-5), "The seed must be"),
 ])
 def test_browser_bad_values_are_told_on_the_page(visitor, capfd, values, words):
