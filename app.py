@@ -52,7 +52,7 @@ CSS = """
 LEGEND = '<p class="legend">Probability of each token: ' + " ".join(
     f'<span class="level{level}">{name}</span>'
     for level, name in enumerate(("under 1%", "1 to 10%", "10 to 50%", "50 to 90%", "over 90%"))
-) + "<br>It is the model's own, before temperature, top-k and top-p. Point at a token, or tap it.</p>"
+) + "<br>Before temperature, top-k and top-p. Point at a token, or tap it, to see its alternatives.</p>"
 
 # the alternatives to the token under the pointer or the focus: a list below it, inside the text's edges
 JS = """
@@ -122,11 +122,11 @@ def token_html(tokenizer, token, text, probs):
         with contextlib.suppress(UnicodeDecodeError):  # a part of a character is shown as bytes
             piece = piece.decode()
         rows.append(f"{prob:7.2%} {'>' if other == token else ' '} {piece!r}")
-    level, likeliest = bisect(LEVELS, shown[token]), "\n".join(rows)
+    level, alternatives = bisect(LEVELS, shown[token]), "\n".join(rows)
     # a token without a visible character needs something to point at
     mark = "<|endoftext|>" if token == tokenizer.eot_token else "·" if not text else "↵" * (text == "\n")
     return (f'<span class="token level{level}" tabindex="0" data-mark="{escape(mark)}" '
-            f'data-list="{escape(likeliest)}">{escape(text)}</span>')
+            f'data-list="{escape(alternatives)}">{escape(text)}</span>')
 
 
 def write(model, tokenizer, prompt, temperature, top_k, top_p, max_new_tokens, seed):
@@ -190,7 +190,7 @@ def serve(model, tokenizer, name, facts, **settings):
             with gr.Column(scale=1, min_width=240):
                 inputs = [
                     prompt,
-                    gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest"),
+                    gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: the most likely token"),
                     gr.Slider(0, 200, 0, step=1, precision=0, label="Top-k", info="0: all tokens"),
                     gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: all tokens"),
                     gr.Slider(1, 512, 128, step=1, precision=0, label="New tokens"),
