@@ -3,9 +3,14 @@
     python tests/test_notebook.py      # run it on log_demo and write it back with its outputs
 """
 
+import base64
+import importlib.util
+import io
 import math
 import os
 import re
+import subprocess
+import sys
 
 import make
 import matplotlib.pyplot as plt
@@ -13,6 +18,7 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
+from PIL import Image
 from runs import ROOT
 
 NOTEBOOK = ROOT / "play.ipynb"
@@ -33,6 +39,25 @@ def execute(model, folder):
 
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def pictures(notebook):
+    """The outputs of a notebook that are pictures."""
+    return [output for cell in code_cells(notebook) for output in cell.outputs
+            if "image/png" in output.get("data", {})]
+
+
+def picture(output):
+    return Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+
+
+def use_few_colours(notebook):
+    """Store the pictures with 128 colours each, in a third of the space."""
+    for output in pictures(notebook):
+        file = io.BytesIO()
+        reduced = picture(output).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        reduced.save(file, "png", optimize=True)
+        output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
 
 
 def printed(notebook):
@@ -60,7 +85,7 @@ def test_the_notebook_has_the_committed_kinds_of_output_on_a_run(whole, tmp_path
     assert float(losses["ln V"]) == pytest.approx(math.log(512), abs=1e-4)
     assert float(losses["untrained"]) == pytest.approx(math.log(512), abs=0.2)
     assert math.isfinite(float(losses["trained"]))
-    assert re.search(r"^val +4 figures", text["log-read"]) and text["gap"].count("gap") == 3
+    assert re.search(r"^val +4 numbers", text["log-read"]) and text["gap"].count("gap") == 3
     assert not any(folder.iterdir())
 
 
@@ -74,6 +99,10 @@ def test_the_notebook_runs_on_a_model_of_another_shape_without_a_log(learned, tm
     with torch.no_grad(), plt.rc_context():
         for cell in code_cells(nbformat.read(NOTEBOOK, as_version=4)):
             exec(cell.source, namespace)
+    for figure in map(plt.figure, plt.get_fignums()):  # each heat map has a labelled scale
+        bars = [axes for axes in figure.axes if axes.get_label() == "<colorbar>"]
+        assert all(bar.get_ylabel() for bar in bars)
+        assert bars or not any(axes.images for axes in figure.axes)
     plt.close("all")
     assert "has no log.txt: the rest of this part is skipped" in capsys.readouterr().out
 
@@ -92,7 +121,46 @@ def test_the_notebook_is_committed_as_it_ran():
     text = "".join(printed(notebook).values())
     assert not re.search(r"/(home|root|tmp|Users|usr)\b|[A-Z]:\\|" + re.escape(str(ROOT)), text)
     assert NOTEBOOK.stat().st_size < 600_000
+    for output in pictures(notebook):  # sharp: more pixels than are shown, by two
+        assert picture(output).width == pytest.approx(2 * output.metadata["image/png"]["width"], abs=1)
+
+
+def test_the_text_describes_no_particular_model():
+    text = "".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells
+                   if cell.cell_type == "markdown")
+    assert not re.search(r"layers? \d+, heads? \d", text)  # another run gives its heads other parts
+
+
+def test_the_first_cell_makes_the_notebook_run_in_colab(tmp_path, monkeypatch):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    source = code_cells(notebook)[0].source
+    [repository] = re.findall(r'REPOSITORY = "https://github.com/(.*)"', source)
+    assert f"colab.research.google.com/github/{repository}/blob/main/play.ipynb" in notebook.cells[0].source
+    commands = []
+
+    def run(command, check):
+        commands.append([*command, os.getcwd()])
+        if command[0] == "git":
+            os.mkdir(command[-1])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    exec(source, {})
+    assert not commands and os.getcwd() == str(tmp_path)  # the files are there already
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="set REPOSITORY"):
+        exec(source.replace(repository, "USER/REPOSITORY"), {})
+    exec(source.replace(repository, "me/gpt2"), {})
+    assert commands == [
+        ["git", "clone", "--depth", "1", "https://github.com/me/gpt2", "gpt2_code", str(tmp_path)],
+        [sys.executable, "-m", "pip", "install", "-q", "-r", "requirements.txt", str(tmp_path / "gpt2_code")],
+        [sys.executable, "train_gpt2.py", "@configs/demo.txt", str(tmp_path / "gpt2_code")]]
+    assert sys.path[0] == str(tmp_path / "gpt2_code")
 
 
 if __name__ == "__main__":
-    nbformat.write(execute("log_demo", ROOT), NOTEBOOK)
+    finished = execute("log_demo", ROOT)
+    use_few_colours(finished)
+    nbformat.write(finished, NOTEBOOK)
