@@ -81,15 +81,18 @@ def running_mean(values):
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def thinned(steps, values):
-    """The lowest and highest point of each 500th of a curve, and its last point: it looks the same."""
+def thinned(steps, values, log_x):
+    """The ends of a curve, and the lowest and highest point of each 500th: it looks the same.
+
+    On a logarithmic axis it would not, and keeps all points.
+    """
     size = len(values) // 500
-    if size < 3:
+    if size < 3 or log_x:
         return steps, values
     parts = values[: len(values) // size * size].reshape(-1, size)
     first = np.arange(len(parts)) * size
     rest = np.arange(parts.size - 1, len(values))  # the remainder, with the point before it
-    keep = np.unique(np.concatenate([first + parts.argmin(1), first + parts.argmax(1), rest]))
+    keep = np.unique(np.concatenate([[0], first + parts.argmin(1), first + parts.argmax(1), rest]))
     return steps[keep], values[keep]
 
 
@@ -112,7 +115,8 @@ def draw_panel(axes, stream, runs, log_x):
             first = 0 if log_x or name in ("lr", "hella") else np.searchsorted(steps, steps[-1] / 20)
             starts.append((steps[0], values[0]))
             if name in NOISY:
-                axes.plot(*thinned(steps, values), color=color, alpha=0.3, linewidth=0.5, label=f"{name} raw")
+                axes.plot(*thinned(steps, values, log_x), color=color, alpha=0.3, linewidth=0.5,
+                          label=f"{name} raw")
                 seen += np.quantile(values[first:], (0.01, 0.99)).tolist()
                 values = running_mean(values)
             seen += values[first:].tolist()
@@ -122,8 +126,8 @@ def draw_panel(axes, stream, runs, log_x):
             if name in ("val", "val_bpb") and steps[0] == 0:  # a line from step 0 would cut the corner
                 axes.plot(0, values[0], "o", color=color, markersize=4, label=name)
                 steps, values = steps[1:], values[1:]
-            axes.plot(*thinned(steps, values), "o-" if len(steps) < 30 else "-", color=color, markersize=4,
-                      linewidth=1 if name in NOISY else 2, label=name)
+            axes.plot(*thinned(steps, values, log_x), "o-" if len(steps) < 30 else "-", color=color,
+                      markersize=4, linewidth=1 if name in NOISY else 2, label=name)
     low, high = 0 if stream in FROM_ZERO else min(seen), max(seen)
     margin = 0.07 * (high - low) or 0.1 * abs(high) or 1
     low, high = low if stream in FROM_ZERO else low - margin, high + margin

@@ -359,7 +359,9 @@ def test_a_long_run_is_drawn_with_few_points(tmp_path):
     assert len(points) == 7 and max(points) <= 1100
     raw = panel(figure, "Loss")["train raw"]
     assert raw == sorted(raw) and all(noise[step] == value for step, value in raw)
-    assert {noise.argmin(), noise.argmax(), 19_072} <= {step for step, _ in raw}
+    assert {0, noise.argmin(), noise.argmax(), 19_072} <= {step for step, _ in raw}
+    raw = panel(pictures.picture([tmp_path / "run"], log_x=True), "Loss")["train raw"]
+    assert raw == list(enumerate(noise))  # a logarithmic axis shows each of the first steps
 
 
 def test_the_command_draws_and_refuses(tmp_path, monkeypatch):
