@@ -74,10 +74,13 @@ def drawn_in(stream):
 
 
 def running_mean(values):
-    """The mean of each value and those before it, over a window of a hundredth of all values."""
+    """The mean of each value and those before it, over a hundredth of all values.
+
+    The window is at most a tenth of the values so far: a longer one would lag behind the steep beginning.
+    """
     sums = np.cumsum([0, *values])
     ends = np.arange(1, len(sums))
-    starts = np.maximum(0, ends - max(1, len(values) // 100))
+    starts = ends - np.clip(ends // 10, 1, max(1, len(values) // 100))
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
@@ -183,7 +186,8 @@ def draw_legend(axes, stream, runs):
     if lines_in(stream, runs):
         lines["published by OpenAI"] = dict(linewidth=1, linestyle=(0, (5, 3)))
     axes.legend([Line2D([], [], color=GREY, **style) for style in lines.values()], list(lines),
-                loc="upper right", facecolor="white", edgecolor="none", framealpha=0.8)
+                loc="upper right" if axes.get_xscale() == "linear" else "lower left",  # off a falling curve
+                facecolor="white", edgecolor="none", framealpha=0.8)
 
 
 def scale_steps(axes, last_step, log_x):
