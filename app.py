@@ -1,6 +1,6 @@
 """A web page to try a GPT-2: it continues a prompt, and shows each token's probability and alternatives.
 
-    python app.py                       # the newest checkpoint of log/, or gpt2 if there is none
+    python app.py                       # the newest run among log*
     python app.py -m log_demo --port 7861
 
 It needs `pip install gradio`. Without --host, only this machine can open the page. It runs unchanged as a
@@ -11,13 +11,14 @@ import codecs
 import contextlib
 import importlib
 import math
+import os
 import socket
 import time
 from bisect import bisect
 from html import escape
 from pathlib import Path
 
-from kit.flags import Parser, from_command_line, integer
+from kit.flags import MODEL, Parser, from_command_line, integer
 
 PAUSE = 0.05  # seconds between two updates of a page
 ALTERNATIVES = 6  # most likely tokens to show for each position
@@ -84,9 +85,8 @@ def parse_args(argv=None):
         description="A web page that continues prompts with a GPT-2, published or your own.",
         usage="python app.py [-m MODEL] [-d DEVICE] [--host NAME] [--port PORT]",
     )
-    parser.add_argument("-m", "--model_type", default="log" if list(Path("log").glob("ckpt_*")) else "gpt2",
-                        help="a run's log directory (its newest checkpoint), one checkpoint, gpt2, "
-                             "gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory")
+    parser.add_argument("-m", "--model_type", metavar="MODEL",
+                        help=f"{MODEL} (default: the newest run among log*; in a Hugging Face Space, gpt2)")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     parser.add_argument("--host", help="0.0.0.0 lets other machines open the page "
                                        "(default: GRADIO_SERVER_NAME, or 127.0.0.1)")
@@ -101,7 +101,7 @@ if __name__ == "__main__":
 
 import torch
 
-from checkpoint import load_model_and_tokenizer, read_meta, resolve
+from checkpoint import load_model_and_tokenizer, newest_run, read_meta, resolve
 from kit.device import pick_device
 from kit.files import UserError, run_script
 from kit.packed import pack
@@ -208,7 +208,10 @@ def serve(model, tokenizer, name, facts, **settings):
 
 
 def main(args):
-    device, source = pick_device(args.device), resolve(args.model_type)
+    device, source = pick_device(args.device), args.model_type
+    if source is None:  # a Space starts the script without flags
+        source = "gpt2" if "SPACE_ID" in os.environ else newest_run()
+    source = resolve(source)
     host, port = args.host or "127.0.0.1", args.port or 0
     try:  # gradio itself would retry for minutes
         socket.create_server((host, port)).close()

@@ -278,6 +278,21 @@ def clean(log_dir):
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
+def newest_run(say=True):
+    """The log directory among log* with the newest checkpoint. say: name it on stderr.
+
+    Raises UserError if there is none.
+    """
+    found = [path for name in ("best", "ckpt_*") for path in Path().glob(f"log*/{name}/meta.json")]
+    if not found:
+        raise UserError("there is no run here: train one with python train_gpt2.py @configs/demo.txt, or "
+                        "name a model, as in -m gpt2")
+    newest = str(max(found, key=lambda path: path.stat().st_mtime).parent.parent)
+    if say:
+        print(f"-m {newest} (the newest run)", file=sys.stderr)
+    return newest
+
+
 def resolve(source):
     """What `-m SOURCE` means: a checkpoint (Path), or something of another program (str).
 

@@ -30,7 +30,7 @@ import re
 from pathlib import Path
 
 from kit import scores
-from kit.flags import Parser, from_command_line, integer
+from kit.flags import MODEL, Parser, from_command_line, integer
 
 # the validation split on the hub. The authors' GitHub repository was taken down in September 2026
 DATA = ("hf://datasets/Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/"
@@ -45,9 +45,8 @@ def parse_args(argv=None):
               "[-d DEVICE] [--data FILE] [--flag value ...]",
     )
     models = parser.add_mutually_exclusive_group()
-    models.add_argument("-m", "--model_type", default="gpt2",
-                        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face directory, "
-                             "a run's log directory or one checkpoint")
+    models.add_argument("-m", "--model_type", metavar="MODEL",
+                        help=f"{MODEL} (default: the newest run among log*)")
     models.add_argument("--compare", nargs=2, metavar=("A", "B"),
                         help="two such models on the same examples, and a paired test")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
@@ -75,7 +74,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model_and_tokenizer
+from checkpoint import load_model_and_tokenizer, newest_run
 from kit.device import to_device, tune
 from kit.files import UserError, atomic_write, run_script
 from kit.formats import read_rows
@@ -338,7 +337,7 @@ def main(args):
         require_fields(examples, path, ("activity_label",), f"--protocol {args.protocol}")
     if args.by:
         require_fields(examples, path, scores.GROUPS[args.by], f"--by {args.by}")
-    names = args.compare or [args.model_type]
+    names = args.compare or [args.model_type or newest_run(ranks.is_first)]
     # both before any is scored: a B that can't be loaded is refused at once
     models = [load_model_and_tokenizer(name, ranks.device) for name in names]
     if ranks.device == "cpu" and onednn_is_faster():

@@ -1,6 +1,6 @@
 """Text from a GPT-2, streamed as it is generated.
 
-    python sample.py                                   # the newest checkpoint of log/
+    python sample.py                                   # the newest run among log*
     python sample.py -m gpt2 -p "Once upon a time" -n 3
     python sample.py -m log -p @prompt.txt --temperature 0
     echo "Once upon a time" | python sample.py
@@ -15,7 +15,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from kit.flags import Parser, from_command_line, integer
+from kit.flags import MODEL, Parser, from_command_line, integer
 
 # the commands between two prompts: the setting that each changes, and its type
 COMMANDS = {"temp": ("temperature", float), "top_k": ("top_k", int), "top_p": ("top_p", float),
@@ -35,9 +35,8 @@ def parse_args(argv=None):
         description="Continue a prompt with a GPT-2, published or your own.",
         usage="python sample.py [-m MODEL] [-p PROMPT|@FILE] [-n SAMPLES] [--flag value ...]",
     )
-    parser.add_argument("-m", "--model_type", default="log",
-                        help="a run's log directory (its newest checkpoint), one checkpoint, "
-                             "gpt2, gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face directory")
+    parser.add_argument("-m", "--model_type", metavar="MODEL",
+                        help=f"{MODEL} (default: the newest run among log*)")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     parser.add_argument("-p", "--prompt", help='text, or @FILE; "" starts a new document')
     parser.add_argument("-n", "--num_samples", type=integer(1), default=1,
@@ -58,7 +57,7 @@ if __name__ == "__main__":
 
 import torch
 
-from checkpoint import load_model_and_tokenizer
+from checkpoint import load_model_and_tokenizer, newest_run
 from kit.device import pick_device
 from kit.files import UserError, run_script
 from kit.packed import pack
@@ -171,7 +170,8 @@ def main(args):
     device = pick_device(args.device)
     if args.int8 and device != "cpu":
         raise UserError(f"--int8 runs on the CPU only, not on {device}: add -d cpu, or leave out --int8")
-    model, tokenizer = load_model_and_tokenizer(args.model_type, device)
+    source = args.model_type or newest_run()
+    model, tokenizer = load_model_and_tokenizer(source, device)
     if device == "cpu":
         pack(model, args.int8)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -186,7 +186,7 @@ def main(args):
                 raise
             print()  # ends the text, not the session
         except ValueError as error:
-            raise UserError(f"{args.model_type}: {error}") from error
+            raise UserError(f"{source}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -95,9 +95,9 @@ from checkpoint import Progress
 from kit import shards
 from kit.device import Precision, compile_model, name_of, out_of_memory, to_device, tune
 from kit.divergence import NOT_FINITE, skip_or_stop, watch_loss
-from kit.files import UNUSABLE_PATH, UserError, first_line, run_script, unbreakable_output
+from kit.files import UNUSABLE_PATH, UserError, count, first_line, run_script, unbreakable_output
 from kit.ranks import Ranks, StopRequested, StopSignal, explain_lost_rank
-from kit.report import Report, count, waiting
+from kit.report import Report, waiting
 from kit.run import Run
 from kit.sharding import distribute, sync_gradients
 from kit.validation import Validation

@@ -94,6 +94,11 @@ def warn_once(message):
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def count(number, noun, ending="s"):
+    """A number and its noun: 1 rank, 8 ranks."""
+    return f"{number:,} {noun}{ending if number != 1 else ''}"
+
+
 def first_line(error):
     """The first line of an exception's text; the name of its type if the text is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

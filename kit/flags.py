@@ -44,6 +44,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent or "(default:" in action.help else super()._get_help_string(action)
 
 
+# what -m names
+MODEL = ("a run's log directory (its newest checkpoint), one checkpoint, gpt2, gpt2-medium, gpt2-large, "
+         "gpt2-xl, another GPT-2 of the Hugging Face hub, a Hugging Face directory, or a .pt file of nanoGPT "
+         "or build-nanogpt")
 # names that other programs use, and that are too far from ours to be found by likeness
 ELSEWHERE = {
     "batch_size": ("micro_batch_size", "total_batch_size"), "learning_rate": ("max_lr",), "lr": ("max_lr",),

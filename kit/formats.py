@@ -8,7 +8,7 @@ import json
 import re
 import zlib
 
-from kit.files import UserError
+from kit.files import UserError, count
 
 KINDS = (".txt", ".jsonl", ".json", ".csv")  # each also compressed; .parquet has a compression of its own
 COMPRESSIONS = (".gz", ".zst")
@@ -83,10 +83,10 @@ class Reader:
         for path in self.empty:
             print(f"{path}: no text in it, left out")
         if self.nulls:
-            print(f"rows left out{where} because column {self.column!r} is null: {self.nulls:,}")
+            print(f"{count(self.nulls, 'row')} left out{where}: column {self.column!r} is null")
         if self.marks:
-            print(f"{END_OF_TEXT} was read as plain text{where}, how often: {self.marks:,}. "
-                  f"In a .txt, --split_on '{END_OF_TEXT}' separates documents there")
+            print(f"{END_OF_TEXT} was read as plain text {count(self.marks, 'time')}{where}; "
+                  f"--split_on '{END_OF_TEXT}' separates the documents of a .txt there")
         if self.split_on and not self.splits and not since:
             print(f"--split_on {self.split_on!r} occurs nowhere: each .txt is one document")
 

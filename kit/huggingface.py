@@ -17,6 +17,7 @@ from kit.files import UserError, first_line, share_tensors, temporary_path
 from kit.published import HELLASWAG_EXAMPLES
 from kit.recipe import TRAINING
 from kit.record import read_curves, read_record
+from kit.sources import HUB_TIMEOUT
 
 CARD = """\
 ---
@@ -53,7 +54,6 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)  # 
 # the remedy for a model that is not found
 MODELS = ("name a log directory (python train_gpt2.py writes one), a checkpoint in it, a Hugging Face "
           "directory, gpt2, ..., gpt2-xl, or another GPT-2 of the hub (OWNER/NAME)")
-TIMEOUT = 3  # seconds to wait for the hub before the cache is used
 # how Hugging Face names the GELUs of GPTConfig
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 
@@ -70,7 +70,7 @@ def download(name):
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        files = [file.rfilename for file in HfApi().model_info(name, timeout=TIMEOUT).siblings]
+        files = [file.rfilename for file in HfApi().model_info(name, timeout=HUB_TIMEOUT).siblings]
     except RepositoryNotFoundError as error:
         raise UserError(f"{name} does not exist here, and the Hugging Face hub shows no model of that name: "
                         f"{MODELS}") from error

@@ -108,11 +108,6 @@ def waiting(message, ranks):
             done.set()
 
 
-def count(number, noun, ending="s"):
-    """A number and its noun: 1 rank, 8 ranks."""
-    return f"{number:,} {noun}{ending if number != 1 else ''}"
-
-
 def duration(seconds):
     """A duration as text: 2h05m, 12m or 40s."""
     if seconds < 60:

@@ -25,6 +25,7 @@ DATASETS = {
 TEXTS = {"tinyshakespeare": (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "ae717de95b0441526572a3fb9fde75d3")}
+HUB_TIMEOUT = 3  # seconds to wait for the first answer of the Hugging Face hub
 HUB_ADDRESS = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")  # repository, revision, path
 
 
@@ -155,11 +156,17 @@ def local_file(address, remedy="the same command continues from here"):
     match = HUB_ADDRESS.match(address)
     if not match:
         return address
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     repository, revision, path = match.groups()
+    where = dict(repo_type="dataset", revision=revision)
+    cached = try_to_load_from_cache(repository, path, **where)
+    if isinstance(cached, str):
+        return cached
     try:
-        return retried(hf_hub_download, repository, path, repo_type="dataset", revision=revision)
+        # without a network this fails at once; the download itself would retry for half a minute
+        retried(HfApi().repo_info, repository, timeout=HUB_TIMEOUT, **where)
+        return retried(hf_hub_download, repository, path, **where)
     except Exception as error:  # the hub's library raises many types
         raise UserError(f"{address} can't be downloaded ({first_line(error)}); {remedy}") from error
 

@@ -176,7 +176,7 @@ def test_null_rows_are_refused_or_left_out_and_counted(tmp_path, learned, name, 
     place = {"a.jsonl": "a.jsonl:2", "a.json": "a.json, item 2", "a.parquet": "a.parquet, row 2"}[name]
     assert_refused(prepare(learned, *flags), place, "--skip_null")
     process = prepare(learned, *flags, "--skip_null")
-    assert f"rows left out because column '{column}' is null: 2" in process.stdout
+    assert f"2 rows left out: column '{column}' is null" in process.stdout
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(["one", "two", "three"], learned))
 
 
@@ -247,9 +247,9 @@ def test_split_on_separates_the_documents_of_a_txt(tmp_path, learned):
     process = prepare(learned, *flags, tmp_path / "out", "--split_on", MARK)
     documents = ["one", "two", f"three {MARK}"]
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(documents, learned))
-    assert f"{MARK} was read as plain text, how often: 1. " in process.stdout
+    assert f"{MARK} was read as plain text 1 time; " in process.stdout
     process = prepare(learned, *flags, tmp_path / "plain")
-    assert f"{MARK} was read as plain text, how often: 3. In a .txt, --split_on '{MARK}'" in process.stdout
+    assert f"{MARK} was read as plain text 3 times; --split_on '{MARK}'" in process.stdout
     assert shards.read_manifest(tmp_path / "out")["split_on"] == MARK
     assert_refused(prepare(learned, *flags, tmp_path / "out"), "another split_on")
     process = prepare(learned, *flags, tmp_path / "nowhere", "--split_on", "\\n\\n")
@@ -265,7 +265,7 @@ def test_the_special_token_is_counted_in_every_format(tmp_path, learned, name):
     (tmp_path / name).write_bytes(make.parquet_bytes(rows) if name == "a.parquet" else
                                   (csv_text(rows) if name == "a.csv" else json_lines(rows)).encode())
     process = prepare(learned, "--input", tmp_path / name, "--data_dir", tmp_path / "out")
-    assert f"{MARK} was read as plain text, how often: 3. " in process.stdout
+    assert f"{MARK} was read as plain text 3 times; " in process.stdout
 
 
 # ------------------------------------------------------------------------------------- what --input takes

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,18 @@ def test_a_session_on_a_terminal(small_run):
     assert time.monotonic() - started < 60 and "temperature 0.9" in answer(b"/temp 0.9\n")
     os.write(terminal, b"/quit\n")
     assert process.wait(timeout=60) == 0
+
+
+def test_without_a_model_the_newest_run_is_taken(small_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["-d", "cpu", "-p", "Hello", "--max_new_tokens", 0]
+    assert_refused(run_here(sample, *flags), "there is no run here", "@configs/demo.txt", "-m gpt2")
+    for name in ("log", "log_old", "log_new"):
+        shutil.copytree(small_run, tmp_path / name)
+        for path in (tmp_path / name).glob("*/meta.json"):
+            os.utime(path, (1, 2 if name == "log_new" else 1))
+    process = run_here(sample, *flags)
+    assert (process.stdout, process.stderr) == ("Hello\n", "-m log_new (the newest run)\n")
 
 
 def test_an_empty_prompt_starts_a_document(learned):
