@@ -86,7 +86,8 @@ class Report:
 
 def on_terminal(ranks, **settings):
     """A tqdm line that renews itself, if this is rank 0 on a terminal; else one that shows nothing."""
-    return tqdm(file=sys.stdout, leave=False, disable=None if ranks.is_first else True, **settings)
+    # nrows: tqdm shows nothing on a terminal that does not know its height, as in some containers
+    return tqdm(file=sys.stdout, leave=False, nrows=24, disable=None if ranks.is_first else True, **settings)
 
 
 @contextlib.contextmanager
