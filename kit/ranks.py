@@ -146,6 +146,7 @@ class StopSignal:
     """
 
     SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # Windows lacks the last two
+    after_stop = set()  # signals that an earlier run in this process has set to be ignored
 
     def __init__(self, ranks):
         self.ranks = ranks
@@ -156,7 +157,7 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             numbers = []  # only the main thread may handle signals
         for number in numbers:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if signal.getsignal(number) != signal.SIG_IGN or number in self.after_stop:
                 self.old_handlers[number] = signal.signal(number, self.on_signal)
         return self
 
@@ -175,8 +176,10 @@ class StopSignal:
     def __exit__(self, *_):
         for number, handler in self.old_handlers.items():
             # schedulers may repeat a signal until the process is gone: all is saved, so let it exit in order
-            repeated = self.number and number != signal.SIGINT
-            signal.signal(number, (lambda *_: None) if repeated else handler)
+            if self.number and number != signal.SIGINT:
+                self.after_stop.add(number)
+                handler = signal.SIG_IGN
+            signal.signal(number, handler)
 
 
 def integer_variable(name, default):

@@ -173,7 +173,8 @@ def test_it_says_what_it_loads_before_it_does(tmp_path, small_run, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["-m", "nowhere"], ["nowhere"]), (["--port", "65536"], ["--port"]), (["-d", "tpu"], ["--device", "tpu"]),
+    (["-m", "./nowhere"], ["./nowhere does not exist"]),
+    (["--port", "65536"], ["--port"]), (["-d", "tpu"], ["--device", "tpu"]),
 ])
 def test_a_wrong_value_of_a_flag_is_refused(flags, words):
     assert_refused(run_here(app, *flags), *words)

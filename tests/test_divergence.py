@@ -25,7 +25,7 @@ from kit.divergence import watch_loss
 from train_gpt2 import DataLoaderLite
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_on_one_rank_is_located(shards, tmp_path, what):
     """One sequence, which rank 1 reads in step 5, is at fault: the error names rank, shard and offset."""
     loader = DataLoaderLite(4, 32, data_dir=shards)

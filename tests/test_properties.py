@@ -316,7 +316,9 @@ def test_any_meta_json_is_a_checkpoint_or_a_damaged_one(log_dir, data):
         make.write_meta(path / "ckpt_000001", meta)
         try:
             model, read = checkpoint.load(path / "ckpt_000001")
-            assert read.items() <= meta.items() and model.config == GPTConfig(**meta["config"])
+            # compared as text, because NaN differs from itself
+            assert all(json.dumps(meta[key]) == json.dumps(value) for key, value in read.items())
+            assert model.config == GPTConfig(**meta["config"])
             assert all(saved["files"][name].items() <= entry.items() for name, entry in read["files"].items())
             assert "model.safetensors" in read["files"]
             valid = True

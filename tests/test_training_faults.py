@@ -70,7 +70,9 @@ def long_whole(shards, tmp_path_factory):
     return Run(log_dir, train(shards, log_dir, *LONG))
 
 
-@pytest.mark.parametrize("moment", range(5))
+@pytest.mark.parametrize("moment", [
+    *range(3), *(pytest.param(moment, marks=pytest.mark.slow) for moment in range(3, 9)),
+])
 def test_sigkill_at_a_random_moment(shards, long_whole, tmp_path, moment):
     process = start_script("train_gpt2.py", *flags_of(shards, tmp_path / "log", *LONG))
     wait_for_line(process, "tokens per step")
@@ -187,7 +189,7 @@ def test_sigkill_between_the_log_and_the_checkpoint(shards, whole, tmp_path):
     assert_same_end(tmp_path / "log", whole)
 
 
-@pytest.mark.parametrize("to_rank", [None, 0, 1])
+@pytest.mark.parametrize("to_rank", [None, pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sigterm_to_torchrun_or_to_one_rank(shards, tmp_path, to_rank):
     process = start_script("torchrun", 2, "train_gpt2.py", *flags_of(shards, tmp_path / "log", *ENDLESS))
     wait_for_line(process, "step     5 |")
@@ -202,7 +204,7 @@ def test_sigterm_to_torchrun_or_to_one_rank(shards, tmp_path, to_rank):
     assert max(read_log(tmp_path / "log"))[0] == step - 1
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_sigkill_of_one_rank_ends_the_other_with_the_reason(shards, tmp_path, rank):
     process = start_script("torchrun", 2, "train_gpt2.py", *flags_of(shards, tmp_path / "log", *ENDLESS))
     wait_for_line(process, "step     5 |")
@@ -224,7 +226,7 @@ def test_torchrun_restarts_after_sigkill_of_one_rank(shards, whole_of_ranks, tmp
     assert process.stderr.count("already contains a run") == 2 and process.returncode == 1
 
 
-@pytest.mark.parametrize("others_wait_for", ["stop", "gradients"])
+@pytest.mark.parametrize("others_wait_for", ["stop", pytest.param("gradients", marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_ends_the_run_after_the_timeout(shards, tmp_path, others_wait_for):
     flags = flags_of(shards, tmp_path / "log", *ENDLESS, "--timeout", 8)
     fault = f'if RANK == 1: while_others_wait_for("{others_wait_for}", hang)'
