@@ -286,8 +286,12 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
     data_dir.mkdir(parents=True, exist_ok=True)
     for leftover in data_dir.glob(".*.tmp"):
         leftover.unlink()
-    if tokenizer != "gpt2":
-        shutil.copyfile(tokenizer, data_dir / "tokenizer.json")
+    copy = data_dir / "tokenizer.json"
+    if tokenizer != "gpt2" and not (copy.exists() and digest(copy) == digest(tokenizer)):
+        if copy.exists():
+            raise UserError(f"{copy} is another tokenizer than {tokenizer}: remove it, or choose another "
+                            "--data_dir")
+        shutil.copyfile(tokenizer, copy)
     writer = shards.ShardWriter(data_dir, manifest)
     if manifest["shards"]:
         print(f"{data_dir}: continuing after {manifest['shards'][-1]['file']}")

@@ -39,7 +39,8 @@ print(generate("Hello, I'm a language model,", max_new_tokens=50)[0]["generated_
 |---|---|
 {training}
 
-It continues a text as its training data would: it knows no truth, and repeats what that data holds of bias.
+The model continues text in the style of its training data. What it writes may be false, and it repeats the
+biases of that data.
 """
 # the streams of log.txt that a model card reports
 RESULTS = {"train": "training loss, nats per token", "val": "validation loss, nats per token",

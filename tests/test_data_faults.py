@@ -312,6 +312,18 @@ def test_hellaswag_is_downloaded_from_the_hub_once(tmp_path, whole):
     assert_refused(process, "name a local copy with --data")  # one line, no list of retries
 
 
+def test_a_tokenizer_in_the_data_directory_is_used_or_left_alone(tmp_path, learned, texts):
+    source = make.write_jsonl(tmp_path / "topics.jsonl", texts[:20])
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "tokenizer.json").write_text("{}")
+    flags = ["--input", source, "--data_dir", data, "--num_proc", 1, "--tokenizer"]
+    assert_refused(run_here(fineweb_edu, *flags, learned), data / "tokenizer.json", "another tokenizer")
+    assert (data / "tokenizer.json").read_text() == "{}"
+    shutil.copy(learned, data / "tokenizer.json")
+    assert run_here(fineweb_edu, *flags, data / "tokenizer.json").returncode == 0
+
+
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.parquet"])
 def test_hellaswag_is_read_from_the_files_that_people_have(tmp_path, name):
     """Labels as numbers or text, a byte order mark, blank lines, gzip, the hub's parquet."""
