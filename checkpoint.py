@@ -1,4 +1,4 @@
-"""Checkpoints: this file owns their format, which holds no pickle.
+"""Checkpoints: their format, and the command that lists, verifies and exports them. No pickle is involved.
 
     python checkpoint.py list log        # what a run has saved: step, validation loss, size
     python checkpoint.py verify log      # the same, and check every byte
@@ -251,7 +251,7 @@ def find_for_resume(log_dir, ranks):
         newest, problems = latest(log_dir, to_resume=True)
     ranks.say(*(f"skipped damaged checkpoint: {problem}" for problem in problems))
     if newest is None and problems:
-        raise UserError(f"--resume: no checkpoint in {log_dir} is valid; start anew in another --log_dir")
+        raise UserError(f"--resume: no checkpoint in {log_dir} is valid; start again with another --log_dir")
     if newest is None:
         ranks.say(f"{log_dir} contains no checkpoint: starting at step 0")
     return newest
@@ -285,7 +285,7 @@ def newest_run(say=True):
     """
     found = [path for name in ("best", "ckpt_*") for path in Path().glob(f"log*/{name}/meta.json")]
     if not found:
-        raise UserError("there is no run here: train one with python train_gpt2.py @configs/demo.txt, or "
+        raise UserError("no run found in log*: train one with python train_gpt2.py @configs/demo.txt, or "
                         "name a model, as in -m gpt2")
     newest = str(max(found, key=lambda path: path.stat().st_mtime).parent.parent)
     if say:
@@ -294,7 +294,7 @@ def newest_run(say=True):
 
 
 def resolve(source):
-    """What `-m SOURCE` means: a checkpoint (Path), or something of another program (str).
+    """What `-m SOURCE` means: a checkpoint (Path), or a model of another program (str).
 
     That is a Hugging Face directory, a name on its hub such as "gpt2", or a file of nanoGPT or build-nanogpt.
     A log directory means its newest valid checkpoint. Raises UserError if it is none of these.
@@ -338,8 +338,8 @@ def load_model(source, device="cpu"):
             reason = "its weights are a pickle that holds more than tensors, which may run code"
         elif isinstance(error, RuntimeError):  # torch's list of what does not fit starts in the second line
             reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{source} can't be loaded ({reason}): it is no complete GPT-2; copy it again, or "
-                        "name another model") from error
+        raise UserError(f"{source} can't be loaded ({reason}): it is incomplete or not a GPT-2; download it "
+                        "again, or name another model") from error
 
 
 def tokenizer_path(source):

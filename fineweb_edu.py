@@ -45,7 +45,7 @@ def parse_args(argv=None):
                         help=f"{', '.join((*DATASETS, *TEXTS))}, or any dataset of the Hugging Face hub")
     source.add_argument("--verify", metavar="DIR", help="check the shards of a directory by its manifest")
     parser.add_argument("--name", help="the dataset's configuration, for example sample-10BT or sample-100BT")
-    parser.add_argument("--revision", help="of the dataset: a commit, branch or tag")
+    parser.add_argument("--revision", help="commit, branch or tag of the dataset")
     parser.add_argument("--data_dir", help="output directory (default: edu_fineweb10B, or data/NAME)")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or a file made by tokenizer.py")
     formats.add_flags(parser)
@@ -54,8 +54,9 @@ def parse_args(argv=None):
                         help="tokens of the val split, taken from the start of the stream "
                              "(default: one shard; a tenth of an input smaller than two shards)")
     parser.add_argument("--format", choices=("npy", "bin"), default="npy",
-                        help="of the shards: numpy's, or that of llm.c and modded-nanogpt")
-    parser.add_argument("--num_proc", type=integer(1), default=os.cpu_count(), help="cores that encode")
+                        help="shard format: numpy's, or that of llm.c and modded-nanogpt")
+    parser.add_argument("--num_proc", type=integer(1), default=os.cpu_count(),
+                        help="number of worker threads or processes")
     args = parser.parse_args(argv)
     if args.format == "bin" and args.shard_size >= 2**31:
         parser.error("argument --shard_size: a .bin file counts its ids in 31 bits")
@@ -113,7 +114,7 @@ def encodes_alike(batch, tokenizer):
     """Whether gigatoken is installed and encodes the beginnings of a batch's texts as tiktoken does."""
     sample = [(starts_document, text[:4096]) for starts_document, text in formats.documents(batch[:64])]
     if rank_lines(tokenizer) is None:
-        problem = "gigatoken wants a tokenizer whose special tokens come last"
+        problem = "gigatoken needs special tokens to have the highest ids"
     elif get_fast_tokenizer(tokenizer) is None:
         problem = "gigatoken is not installed"
     elif encode_fast(sample, tokenizer).tolist() == encode(sample, tokenizer).tolist():
@@ -237,8 +238,8 @@ def adapt(data_dir, manifest, request):
     if count < (1 if manifest["val_tokens_asked"] else 2):
         return manifest
     dropped = manifest["shards"][count:]
-    print(f"{data_dir}: the input differs from file {changed + 1} on; {count} shards are kept"
-          + (f", {len(dropped)} are made again" if dropped else ""))
+    print(f"{data_dir}: the input changed from file {changed + 1} on; keeping {count} shards"
+          + (f", remaking {len(dropped)}" if dropped else ""))
     manifest = {**manifest, "source": request["source"], "next": ends[count - 1],
                 "shards": manifest["shards"][:count]}
     shards.write_manifest(data_dir, manifest)

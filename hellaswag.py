@@ -20,9 +20,9 @@ Two protocols are in use, and their results can't be compared with each other. C
 lm-evaluation-harness (0.4), zero-shot, which papers and leaderboards quote: the activity_label precedes the
 context, ctx_b is capitalized, and WikiHow's marks are removed.
 
-The official file holds the context in two parts, ctx_a and ctx_b. If a file has only ctx, harness takes for
-ctx_b what follows the last end of a sentence, if it begins in lower case, like "he" in "A man sits on a roof.
-he". This misses a ctx_a without a full stop and a ctx_b with a capital letter.
+The official file has the context in two parts, ctx_a and ctx_b. If a file has only ctx, the harness protocol
+uses the text after the last sentence end as ctx_b if it begins in lower case, like "he" in "A man sits on a
+roof. he". This misses a ctx_a without a full stop and a ctx_b with a capital letter.
 """
 
 import json
@@ -41,7 +41,7 @@ PROTOCOLS = ("completion", "harness")
 def parse_args(argv=None):
     parser = Parser(
         description="Evaluate a GPT-2, published or your own, on HellaSwag's validation set.",
-        usage="[torchrun --nproc_per_node=N] hellaswag.py {-m MODEL | --compare A B} "
+        usage="python hellaswag.py {-m MODEL | --compare A B} "
               "[-d DEVICE] [--data FILE] [--flag value ...]",
     )
     models = parser.add_mutually_exclusive_group()
@@ -51,7 +51,7 @@ def parse_args(argv=None):
                         help="two such models on the same examples, and a paired test")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "both"], default="completion",
-                        help="that of the GPT-2 reproductions, or that of lm-evaluation-harness")
+                        help="protocol of the GPT-2 reproductions, or of lm-evaluation-harness")
     parser.add_argument("--data", metavar="FILE",
                         help="local examples, .jsonl, .jsonl.gz or .parquet (default: the validation split, "
                              "downloaded once from the Hugging Face hub)")

@@ -1,5 +1,5 @@
 """GPT-2: the decoder-only transformer of "Language Models are Unsupervised Multitask Learners" (Radford et
-al., 2019). Parameters have OpenAI's names, so the published weights load unchanged.
+al., 2019). Parameters have the names of Hugging Face's GPT-2; kit/huggingface.py loads the published weights.
 
 Pre-norm blocks, tanh-GELU, learned positions, and one matrix that both embeds and predicts the tokens.
 Shapes in comments: B = batch, T = time (tokens), C = n_embd, nh = heads, hs = head size, V = vocab_size.
@@ -181,7 +181,7 @@ class GPT(nn.Module):
     def features(self, idx, positions=None, mask=None, cache=None):
         """The output of the final LayerNorm, (B, T, C), for token ids idx (B, T). The head reads it.
 
-        positions (B, T) or (T,): of the tokens; by default they count on from those in the cache.
+        positions (B, T) or (T,): of the tokens; by default they continue after the cached tokens.
         mask (B, 1, T, T) bool: which tokens attend to which; by default causal.
         cache: a KVCache, to which the tokens are appended.
         """

@@ -41,14 +41,15 @@ def parse_args(argv=None):
     parser.add_argument("-p", "--prompt", help='text, or @FILE; "" starts a new document')
     parser.add_argument("-n", "--num_samples", type=integer(1), default=1,
                         help="continuations of the prompt; the first is streamed, the others follow")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="at most; <|endoftext|> ends a text")
+    parser.add_argument("--max_new_tokens", type=int, default=128,
+                        help="maximum; a text may end earlier, at <|endoftext|>")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
     parser.add_argument("--top_k", type=int, help="draw only from the k most likely tokens")
     parser.add_argument("--top_p", type=float,
                         help="draw only from the most likely tokens that together have probability p")
     parser.add_argument("--seed", type=integer(0), default=1337, help="of the random draws")
     parser.add_argument("--int8", action="store_true",
-                        help="8-bit weights: two to three times as fast on a CPU, occasionally another token")
+                        help="8-bit weights: about three times as fast on a CPU; some tokens differ")
     return parser.parse_args(argv)
 
 

@@ -50,8 +50,8 @@ def parse_args(argv=None):
 def get_tokenizer(name="gpt2"):
     """The tiktoken.Encoding of "gpt2", a tokenizer.json, or a Hugging Face directory. It is built once.
 
-    Raises UserError if GPT-2's vocabulary is neither cached nor reachable, or if the files hold a tokenizer
-    that an Encoding can't represent, or one that ends texts in another way than with <|endoftext|>.
+    Raises UserError if GPT-2's vocabulary is neither cached nor reachable, or if the files contain a
+    tokenizer that an Encoding can't represent, or one that ends texts with another token than <|endoftext|>.
     """
     import tiktoken
 
@@ -76,8 +76,8 @@ def get_tokenizer(name="gpt2"):
         return encoding
     except Exception as error:  # the tokenizers library raises plain Exceptions
         reason = error if type(error) is ValueError else repr(error)
-        raise UserError(f"{name}: this tokenizer can't be used: {reason}. A byte-level BPE that splits text "
-                        "like GPT-2's can, such as python tokenizer.py train makes") from error
+        raise UserError(f"{name}: unsupported tokenizer: {reason}. Supported: byte-level BPE with GPT-2's "
+                        "splitting, as made by python tokenizer.py train") from error
 
 
 def read_json(path):
@@ -331,8 +331,8 @@ def main(args):
         texts = (text for path in files for _, text in reader.texts(path))
         count = train(texts, args.vocab_size, args.out)
     reader.report()
-    print(f"{args.out}: {count} tokens" + (", more can't be learned from this text" if count < args.vocab_size
-                                           else ""))
+    fewer = f"; the text has too few different pairs for {args.vocab_size}" if count < args.vocab_size else ""
+    print(f"{args.out}: {count} tokens{fewer}")
 
 
 if __name__ == "__main__":

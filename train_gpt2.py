@@ -5,62 +5,63 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py     # the same run on eight GPUs: the same batches
 
 The defaults are GPT-2 124M on FineWeb-Edu with the hyperparameters of the GPT-3 paper (table 2.1 and appendix
-B, https://arxiv.org/abs/2005.14165). If a run is interrupted in any way, the same command with --resume
-continues it, on a CPU in the same bits. `train` is the whole run, in order; its set-up steps are above it.
+B, https://arxiv.org/abs/2005.14165). After any interruption, the same command with --resume continues the
+run; on a CPU the result is bit-identical. Read `train` first; the functions above it set it up.
 """
 
 import argparse
 
 from kit import recipe
-from kit.flags import Parser, from_command_line, integer, number, parse_with_configs
+from kit.flags import MODEL, Parser, from_command_line, integer, number, parse_with_configs
 
 
 def parse_args(argv=None):
     parser = Parser(
-        description="Train a GPT-2. An interval N: at step 0, every N steps and at the end; 0: never.",
+        description="Train a GPT-2. Intervals (N): at step 0, every N steps and at the end; 0 disables.",
         usage="python train_gpt2.py [@configs/NAME.txt] [--flag value ...]",
     )
     switch, interval = argparse.BooleanOptionalAction, integer(0)
 
     add = parser.add_argument_group("run").add_argument
     add("--data_dir", default="edu_fineweb10B", help="directory of shards made by fineweb_edu.py")
-    add("--data_tokenizer", metavar="NAME", help="of shards without a manifest: gpt2, or a tokenizer.json")
+    add("--data_tokenizer", metavar="NAME", help="tokenizer of shards without a manifest: gpt2, or a file")
     add("--demo_data", action=switch, default=False,
         help="first make data_dir from Python's own documentation")
     add("--log_dir", default="log", help="directory of log.txt, run.json and the checkpoints")
     add("--resume", action="store_true", help="continue from the newest valid checkpoint of log_dir")
     add("--allow_change", nargs="+", metavar="FLAG", choices=recipe.CHANGEABLE, default=(),
-        help=f"what --resume may change of the run: {', '.join(recipe.CHANGEABLE)}")
+        help=f"settings that --resume may change: {', '.join(recipe.CHANGEABLE)}")
     add("--init_from", metavar="MODEL",
-        help="fine-tune gpt2, ..., gpt2-xl, a Hugging Face directory or a checkpoint, which sets the shape")
+        help=f"start from the weights and shape of {MODEL}")
     add("--eval_only", action="store_true",
         help="evaluate log_dir's newest checkpoint, or --init_from, and sample from it; no training")
     add("--device", help="cuda, mps or cpu (default: auto-detected)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
-        help="of matmuls (default: bfloat16 on GPUs that have it, float16 on others, float32 elsewhere)")
+        help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32)")
     add("--compile", action=switch, default=True, help="torch.compile the model")
     add("--timeout", type=number(1, 1e8), default=600.0,
         help="seconds after which a rank that does not answer counts as lost")
     add("--micro_batch_size", type=integer(1), default=32,
-        help="sequences per forward pass and rank; results are unchanged, memory use is not")
+        help="sequences per forward pass and rank; determines memory use, not the batches of the run")
     recipe.add_flags(parser, "batch", "optimizer", "model", "validation")
     add = parser.add_argument_group("evaluation, samples and checkpoints").add_argument
     add("--val_every", type=interval, default=250, help="interval of the validation loss")
     add("--hellaswag_every", type=interval, default=250, help="interval of HellaSwag")
     add("--hellaswag_data", metavar="FILE", help="local HellaSwag examples instead of the download")
     add("--sample_every", type=interval, default=250, help="interval of samples (none at step 0)")
-    add("--sample_prompt", default="Hello, I'm a language model,", help="what samples continue")
+    add("--sample_prompt", default="Hello, I'm a language model,", help="prompt for samples")
     add("--save_every", type=interval, default=1000, help="interval of checkpoints (none at step 0)")
     add("--keep", type=integer(2), default=2, help="number of newest checkpoints to keep")
     add("--keep_every", type=interval, default=0, help="interval of checkpoints that are never removed")
     add("--skip_bad_steps", type=interval, default=0,
-        help="how many steps whose loss or gradient is not finite are skipped before the run stops")
+        help="skip up to N steps whose loss or gradient is not finite, then stop")
     add("--stop_on_divergence", action="store_true",
         help="stop if the smoothed training loss rises far above its minimum (default: a warning)")
     add("--log_every", type=interval, default=10,
-        help="interval of the lines of steps, which a terminal shows in one line; log.txt has all steps")
+        help="print a line every N steps; a terminal shows one updating line, log.txt has every step")
     add("--plot", action=switch, default=True, help="draw log_dir/curves.png at each evaluation")
-    add("--track", choices=("wandb", "trackio", "tensorboard"), help="also send the numbers of log.txt there")
+    add("--track", choices=("wandb", "trackio", "tensorboard"),
+        help="also send the logged values to this tracker")
     args = parse_with_configs(parser, argv)
 
     args.crop_to = args.block_size if args.init_from else None
@@ -186,7 +187,7 @@ class Data:
     tokenizer: tiktoken.Encoding | None  # None: not available, so no samples, HellaSwag or bits per byte
     num_tokens: int  # ids of the tokenizer
     examples: list | None  # HellaSwag's, if it is evaluated
-    identity: dict  # what tells these shards and their tokenizer from others
+    identity: dict  # what identifies these shards and their tokenizer
 
 
 def model_config(args):
@@ -396,8 +397,11 @@ def start_run(args, micro_steps, start_step, data, raw_model, compiled, precisio
               f"{args.sequence_length} tokens x {count(ranks.world_size, 'rank')} x "
               f"{count(micro_steps, 'micro-batch', 'es')}")
     ranks.say(f"{count(args.max_steps, 'step')}, {epochs:.2f} epochs")
+    if args.min_lr > args.max_lr:
+        ranks.say(f"warning: --min_lr {args.min_lr:g} is above --max_lr {args.max_lr:g}: the learning rate "
+                  "will rise after the warm-up")
     if epochs > 20:
-        ranks.say(f"warning: the training split has only {tokens:,} tokens, so that each is read "
+        ranks.say(f"warning: the training split has only {tokens:,} tokens, so each is seen "
                   f"{epochs:,.0f} times; one epoch is --max_steps {math.ceil(args.max_steps / epochs)}")
 
 
@@ -451,14 +455,15 @@ class Saver:
 
 
 def train(args, at_exit):
-    """Train as the flags say. at_exit: an ExitStack that is left when the run ends."""
+    """Train as the flags say. at_exit: an ExitStack that closes when the run ends."""
     ranks = Ranks(args.device, args.timeout)
     # each rank reads its own command line and files, on several machines from disks of its own
     ranks.check_same({f"--{name}": value for name, value in vars(args).items()
                       if name not in ("device", "log_dir")})
     tune(ranks.device, training=True)
     run = at_exit.enter_context(Run(args.log_dir, ranks, args.resume, args.track, args.plot))
-    micro_steps, _ = grad_accum_steps(args, ranks), model_config(args)  # refused before any data is made
+    micro_steps = grad_accum_steps(args, ranks)
+    model_config(args)  # an impossible shape is refused before any data is made
     data = open_data(args, ranks)
     if args.vocab_size is None:  # a multiple of 128 makes matmuls faster on GPUs
         args = argparse.Namespace(**{**vars(args), "vocab_size": math.ceil(data.num_tokens / 128) * 128})
@@ -548,7 +553,8 @@ def train(args, at_exit):
         if progress.step > start_step or not newest:  # a resumed run repeats the unfinished step
             saver.save(f"ckpt_{progress.step:06d}", progress, optimizer)
         number = signal.Signals(request.args[0])
-        ranks.say(f"stopped by {number.name} before step {progress.step}; continue with --resume")
+        ranks.say(f"stopped by {number.name} before step {progress.step}; continue with the same "
+                  "command and --resume")
         ranks.leave()
         sys.exit(128 + number)
     ranks.leave()
@@ -563,7 +569,7 @@ def explain_errors(args):
         yield
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            raise UserError("out of memory: halve --micro_batch_size, which does not change the results, or "
+            raise UserError("out of memory: halve --micro_batch_size, which does not change the batches, or "
                             "train a smaller model") from error
         explanation = explain_lost_rank(error, args.timeout)
         if explanation is None:
@@ -572,7 +578,7 @@ def explain_errors(args):
     except OSError as error:
         if error.errno in UNUSABLE_PATH:
             raise
-        sys.exit(f"error: {error}. All checkpoints so far are complete: fix this, and continue with --resume")
+        sys.exit(f"error: {error}. All checkpoints so far are complete: fix this, then use --resume")
 
 
 def main(args):

@@ -1,1 +1,1 @@
-"""What the scripts import and nobody runs. Modules here import kit and tokenizer, never a script."""
+"""Modules that nobody runs. They import kit, model and tokenizer, and no other script."""

@@ -62,7 +62,7 @@ def published_lines(record):
 
 
 def lines_in(stream, runs):
-    """The published lines of a panel, {label: value}; none if one of its runs has none of its own."""
+    """The published lines of a panel, {label: value}; none unless all its runs have some."""
     own = [{label: value for (panel, label), value in published_lines(run["record"]).items()
             if panel == stream} for run in runs if run["curves"].keys() & drawn_in(stream)]
     return {label: value for lines in own for label, value in lines.items()} if all(own) else {}

@@ -1,4 +1,4 @@
-"""Steps that are not finite, and runs that diverge: what is found, said, skipped or ends the run."""
+"""Non-finite steps and diverging runs: detect, report, skip or stop."""
 
 import math
 import sys
@@ -28,12 +28,12 @@ def watch_loss(progress, loss, args, num_tokens, ranks):
         steps_after_warmup >= 50 and progress.smoothed > uniform + RISE / 2)
     if diverged and not progress.diverged:
         message = (f"step {progress.step}: the run has diverged: its smoothed training loss is "
-                   f"{progress.smoothed:.2f}, its minimum was {progress.lowest:.2f}, a uniform guess has "
+                   f"{progress.smoothed:.2f}, its minimum was {progress.lowest:.2f}, a uniform guess gives "
                    f"{uniform:.2f}. Usual causes: --max_lr too high, --warmup_steps too short, damaged data")
         if args.stop_on_divergence:
             raise UserError(f"{message}. Start again with a lower --max_lr, or from {args.log_dir}/best with "
                             "--init_from and another --log_dir")
-        ranks.say(f"warning: {message}; --stop_on_divergence would have stopped here")
+        ranks.say(f"warning: {message}; use --stop_on_divergence to stop in this case")
     progress.diverged = diverged
 
 
@@ -50,7 +50,7 @@ def skip_or_stop(progress, loss, norm, args, loader, raw_model, precision, run, 
     if progress.skipped > args.skip_bad_steps:
         if found:  # it would happen again: the user has to decide
             raise UserError(f"{description}. {NOT_FINITE}")
-        sys.exit(f"error: {description}. A hardware fault? Continue with --resume")
+        sys.exit(f"error: {description}. This is probably a hardware fault; continue with --resume")
     run.log(progress.step, skipped=progress.skipped)
     ranks.say(f"skipped: {description}")
 

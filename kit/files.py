@@ -227,7 +227,7 @@ def locked(directory, wait=False):
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
             raise UserError(f"{directory} can't be written ({error})") from error
-        warn_once(f"the file system of {directory} has no locks: nothing keeps two runs in it apart")
+        warn_once(f"the file system of {directory} has no locks: two runs in it would not be detected")
     try:
         yield
     finally:
@@ -245,8 +245,8 @@ def sync(path):
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-            warn_once(f"the file system of {Path(path).parent} can't wait for the disk: a power failure may "
-                      "cost the newest files")
+            warn_once(f"the file system of {Path(path).parent} does not support fsync: after a power failure "
+                      "the newest files may be lost")
         finally:
             os.close(descriptor)
 

@@ -16,7 +16,8 @@ def integer(least=-(2**63), most=2**63 - 1):
     def parse(text):
         value = int(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, not {value}")
+            limit = f"from {least} to {most}" if most < 2**63 - 1 else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {limit}, not {value}")
         return value
 
     parse.__name__ = "int"  # argparse names it: invalid int value
@@ -40,7 +41,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where it says something: not None, not False, and not where the help names it."""
 
     def _get_help_string(self, action):
-        silent = action.default is None or action.default is False or action.default == ()
+        silent = action.default in (None, False, (), [])
         return action.help if silent or "(default:" in action.help else super()._get_help_string(action)
 
 
@@ -87,7 +88,7 @@ class Parser(argparse.ArgumentParser):
             return f": did you mean {' or '.join(known[other] for other in near)}?"
         if self.fromfile_prefix_chars and word.endswith(".txt"):
             return f": a config needs an @, as in @{word}"
-        return f"; {self.prog} --help lists them"
+        return f"; see python {self.prog} --help"
 
 
 def from_command_line(parse_args):

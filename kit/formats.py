@@ -30,7 +30,7 @@ def format_of(path):
 def check_format(path):
     """Raise UserError unless a file's name ends as that of a format that is read."""
     if format_of(path)[0] is None:
-        raise UserError(f"{path}: not a format that is read ({FORMATS})")
+        raise UserError(f"{path}: unsupported format; supported: {FORMATS}")
 
 
 def add_flags(parser):
@@ -86,7 +86,7 @@ class Reader:
             print(f"{count(self.nulls, 'row')} left out{where}: column {self.column!r} is null")
         if self.marks:
             print(f"{END_OF_TEXT} was read as plain text {count(self.marks, 'time')}{where}; "
-                  f"--split_on '{END_OF_TEXT}' separates the documents of a .txt there")
+                  f"--split_on '{END_OF_TEXT}' would split a .txt at it")
         if self.split_on and not self.splits and not since:
             print(f"--split_on {self.split_on!r} occurs nowhere: each .txt is one document")
 

@@ -73,8 +73,8 @@ def download(name):
     try:
         files = [file.rfilename for file in HfApi().model_info(name, timeout=HUB_TIMEOUT).siblings]
     except RepositoryNotFoundError as error:
-        raise UserError(f"{name} does not exist here, and the Hugging Face hub shows no model of that name: "
-                        f"{MODELS}") from error
+        raise UserError(f"{name} does not exist here, and the Hugging Face hub has no public model of that "
+                        f"name: {MODELS}") from error
     except Exception as error:  # the hub's library raises many types
         config = try_to_load_from_cache(name, "config.json")
         if isinstance(config, str):

@@ -1,4 +1,4 @@
-"""The layers of a GPT in the form that a CPU runs fastest, for sampling and evaluation.
+"""Faster CPU versions of a GPT's layers, for sampling and evaluation.
 
 Sampling one token at a time spends its time reading weights. torch's matmul of a few rows with a large matrix
 leaves up to half of the memory bandwidth unused; oneDNN's, with a matrix that it has packed, does not, and

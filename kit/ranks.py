@@ -196,12 +196,12 @@ def explain_lost_rank(error, timeout):
     distributed = bool(os.environ.get("RANK"))
     if not distributed or not isinstance(error, dist.DistError) and not LOST_RANK.search(str(error)):
         return None
-    return (f"rank {os.environ.get('RANK')} has lost another rank, which died or did not answer for "
+    return (f"rank {os.environ.get('RANK')} lost contact with another rank, which died or did not answer for "
             f"--timeout {timeout:g} seconds ({first_line(error)})")
 
 
 def torchrun_id():
-    """What tells this torchrun from others, or None: its run id, which users may choose, and its process."""
+    """What identifies this torchrun, or None: its run id, which users may choose, and its process."""
     return os.environ.get("TORCHELASTIC_RUN_ID") and f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}"
 
 

@@ -1,8 +1,8 @@
 """Reference runs of a known recipe: a new run of the same recipe learns early whether its loss is normal.
 
 A reference is the log directory of such a run, stored under results/reference: its log.txt, of which the val
-curve is used, and its run.json. That may hold less than a run's own, because what it leaves out may differ:
-of "flags" those in kit.recipe.RECIPE are compared, and of "data_source" what is there, plus the "tokenizer".
+curve is used, and its run.json, which may be partial: a field that is missing is not compared. Compared are
+the flags in kit.recipe.RECIPE, "data_source" and "tokenizer".
 """
 
 import math

@@ -92,7 +92,7 @@ class Run(contextlib.ExitStack):
                 self.ranks.say(f"no more curves, training continues: {error}")
 
     def sync_log(self):
-        """Make sure that log.txt is on the disk, for example before a checkpoint that it led to."""
+        """Make sure that log.txt is on the disk, for example before a checkpoint of the same step."""
         if self.log_file.exists():
             sync(self.log_file)
 

@@ -282,7 +282,7 @@ def source_of(data_dir):
 
 
 def identity(data_dir, tokenizer):
-    """What tells a directory's shards and their tokenizer from others, wherever they are: a dict of texts.
+    """What identifies a directory's shards and their tokenizer, wherever they are: a dict of texts.
 
     tokenizer: as `tokenizer_of` returns it.
     """
@@ -346,8 +346,8 @@ def open_shards(data_dir, split):
             source = f" --dataset {name}"
         if name == "edu_fineweb10B":
             source = ""
-        raise UserError(f"no {split} shards in {data_dir}: `python fineweb_edu.py{source}` makes them, "
-                        "`python train_gpt2.py @configs/demo.txt` trains without")
+        raise UserError(f"no {split} shards in {data_dir}: make them with python fineweb_edu.py{source}, or "
+                        "train on built-in data with python train_gpt2.py @configs/demo.txt")
     if len({suffix for _, _, suffix in keys}) > 1:
         raise UserError(f"{data_dir} contains {split} shards as .npy and as .bin: remove one kind")
     for (_, before, _), (_, after, _) in zip(keys, keys[1:]):

@@ -119,7 +119,7 @@ def test_a_compressed_file_is_not_read_into_memory(tmp_path, faults):
     ("a.csv", "id,body\n1,one\n", "a.csv:2: no column 'text', only id, body"),
     ("a.csv", 'id,text\n1,"o\nne"\n2\n', "a.csv:4: 1 fields, but the header has 2"),
     ("a.csv", 'id,text\n1,"one\n2,two\n', "a.csv:3: not CSV"),
-    ("a.txt.parquet.gz", "", "not a format that is read.*zst.*parquet"), ("a.pdf", "", "a.pdf: not a format"),
+    ("a.txt.parquet.gz", "", "unsupported format.*zst.*parquet"), ("a.pdf", "", "a.pdf: unsupported format"),
     ("a.csv", b"id,text\n1,caf\xe9\n", "a.csv: not UTF-8"),
 ])
 def test_what_can_not_be_read_is_named_with_its_line(tmp_path, name, content, words):

@@ -67,6 +67,12 @@ def test_many_epochs_are_said_with_the_steps_of_one(shards, tmp_path, capsys):
     assert times == round(1000 * 2**14 / tokens) and (steps - 1) * 2**14 < tokens <= steps * 2**14
 
 
+def test_a_learning_rate_that_would_rise_is_said(shards, tmp_path, capsys):
+    for min_lr, said in ((3e-3, False), (4e-3, True)):
+        train(shards, tmp_path / str(min_lr), "--min_lr", min_lr, "--max_steps", 1, "--val_every", 0)
+        assert ("will rise after the warm-up" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("compiling", ["--compile", "--no-compile"])
 @pytest.mark.parametrize("error", [
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),

@@ -131,6 +131,7 @@ def test_hellaswag_is_tokenized_once_a_run(shards, tmp_path, one_row, calls_of):
     assert [step for step, stream in log if stream == "hella"] == [0, 4, 8, 12] and len(rendered) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="saved tensors of a graph can't be read")
 def test_a_compiled_model_keeps_less_for_the_backward_pass():
     """The outputs of LayerNorm and GELU are recomputed: they are a quarter of what torch would keep."""
@@ -165,6 +166,7 @@ def test_freed_memory_is_reused_without_page_faults():
     assert int(faults) <= 2 * 16384
 
 
+@pytest.mark.slow
 def test_compiled_gradients_are_the_same_bits_on_a_busy_machine():
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())  # with one, there is nothing to keep apart
@@ -203,6 +205,7 @@ def test_mixed_precision_trains_and_resumes(shards, whole, tmp_path, dtype):
     assert train(shards, tmp_path / "log", "--dtype", dtype, "--resume") == log
 
 
+@pytest.mark.slow
 def test_dropout_on_all_threads_resumes_bit_for_bit(shards, tmp_path):
     """The other runs in the tests use one thread."""
     log_dir, env = tmp_path / "log", {"OMP_NUM_THREADS": str(os.cpu_count())}
@@ -401,6 +404,7 @@ def test_an_unclosed_quote_in_a_config_is_refused(tmp_path):
     assert_refused(run_script("train_gpt2.py", f"@{tmp_path}/config.txt", check=False), "Don't")
 
 
+@pytest.mark.slow
 def test_the_demo_from_nothing(tmp_path, capsys):
     """The README's first command with few steps: makes data, trains a tokenizer and a model, samples."""
     flags = ["--data_dir", tmp_path / "data", "--log_dir", tmp_path / "log"]
