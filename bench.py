@@ -611,7 +611,7 @@ def main(args):
         raise UserError(f"--device {args.device}: only cpu and cuda are measured")
     facts = machine(args.device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
-    print(f"\n{'work':<34}{'figure':>22}   {'against':<24}{'ratio':>22}   fraction of the limit", flush=True)
+    print(f"\n{'work':<34}{'value':>22}   {'against':<24}{'ratio':>22}   fraction of the limit", flush=True)
     rows = []
     for part in PARTS if args.part == "all" else (args.part,):
         for made in globals()[f"bench_{part}"](args):
