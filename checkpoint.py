@@ -71,6 +71,9 @@ from tokenizer import get_tokenizer, ordinary_tokens, special_tokens
 FORMAT = "gpt2 checkpoint, version 1"
 NAME = re.compile(r"ckpt_(\d{6,})$")
 
+# the temporary names of a run's files and directories, which a crash leaves behind; the digits: `discard`
+LEFTOVER = re.compile(r"\.(\d+|(ckpt_\d+|best)(\.old)?|log\.txt|run\.json|curves\.png)\.tmp")
+
 # types of the values in meta.json
 KINDS = dict(step=int, config=dict, files=dict, identity=dict, val_loss=(float, type(None)), best_val=float,
              smoothed=(float, type(None)), lowest=float, diverged=bool, dtype=str, scaler=dict, skipped=int)
@@ -270,11 +273,12 @@ def prune(log_dir, keep, step, keep_every=0):
 
 def clean(log_dir):
     """Clean up after a crash during a save: restore what was being replaced, remove what is incomplete."""
-    for replaced in Path(log_dir).glob(".*.old.tmp"):
+    leftovers = [path for path in Path(log_dir).glob(".*.tmp") if LEFTOVER.fullmatch(path.name)]
+    for replaced in leftovers:
         path = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old.tmp"))
-        if not path.exists():
+        if replaced.name.endswith(".old.tmp") and not path.exists():
             os.rename(replaced, path)
-    for leftover in Path(log_dir).glob(".*.tmp"):
+    for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 

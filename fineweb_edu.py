@@ -285,8 +285,7 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
     reader = formats.Reader(column, split_on, skip_null)
     sources.check_files(files[first_file:], reader)
     data_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in data_dir.glob(".*.tmp"):
-        leftover.unlink()
+    shards.remove_leftovers(data_dir)
     copy = data_dir / "tokenizer.json"
     if tokenizer != "gpt2" and not (copy.exists() and digest(copy) == digest(tokenizer)):
         if copy.exists():
@@ -377,6 +376,9 @@ def find_input(args, files):
     if "-" in files:
         stdin = Path(args.data_dir) / "sources" / f"stdin.{args.stdin_format or 'txt'}"
         sources.store_stdin(stdin, keep=stdin.exists() and shards.read_manifest(args.data_dir) is not None)
+        if not args.stdin_format and formats.is_json_line(stdin):
+            stdin.unlink()
+            raise UserError("standard input begins with a line of JSON: add --stdin_format jsonl")
         files = [str(stdin) if path == "-" else path for path in files]
     if files:
         return files, {"files": [{"name": Path(path).name, "digest": digest(path)} for path in files]}

@@ -224,7 +224,7 @@ def open_data(args, ranks):
     train, val = (DataLoaderLite(args.micro_batch_size, args.sequence_length, ranks.rank, ranks.world_size,
                                  split, args.data_dir, args.seed, num_tokens) for split in ("train", "val"))
     with ranks.first_goes_ahead():
-        if ranks.is_first:
+        if ranks.local_rank == 0:  # each machine may have a disk of its own
             shards.verify_changed(args.data_dir)
     if args.vocab_size and num_tokens > args.vocab_size and not args.init_from:
         raise UserError(f"--vocab_size {args.vocab_size}: the shards of {args.data_dir} were encoded with "
@@ -277,14 +277,12 @@ def load_hellaswag(args, ranks):
             ranks.say(f"no HellaSwag: {error}")
 
 
-def open_model(args, config, data, identity, run, ranks):
-    """The model to train, on its device: from the newest checkpoint, from --init_from, or a new one.
+def open_model(args, config, data, identity, newest, run, ranks):
+    """The model to train, on its device: from the checkpoint `newest`, from --init_from, or a new one.
 
-    Returns (model, path of the checkpoint or None, its meta or {}). Raises UserError.
+    Returns (model, the checkpoint's meta or {}). Raises UserError.
     """
-    newest, meta = None, {}
-    if run.resuming:
-        newest = checkpoint.find_for_resume(run.log_dir, ranks)
+    meta = {}
     if newest:
         model, meta = checkpoint.load(newest, ranks.device)
         step, before = meta["step"], meta.get("identity", {})
@@ -308,7 +306,7 @@ def open_model(args, config, data, identity, run, ranks):
             raise UserError(f"a model of --block_size {args.block_size} --vocab_size {args.vocab_size} "
                             f"--n_layer {args.n_layer} --n_embd {args.n_embd} does not fit into this "
                             f"machine's memory ({first_line(error)})") from error
-    return model.to(ranks.device).train(), newest, meta
+    return model.to(ranks.device).train(), meta
 
 
 def load_init(args, data, ranks):
@@ -397,6 +395,8 @@ def start_run(args, micro_steps, start_step, data, raw_model, compiled, precisio
               f"{args.sequence_length} tokens x {count(ranks.world_size, 'rank')} x "
               f"{count(micro_steps, 'micro-batch', 'es')}")
     ranks.say(f"{count(args.max_steps, 'step')}, {epochs:.2f} epochs")
+    if not (args.val_every or args.save_every or args.keep_every):
+        ranks.say("warning: --save_every and --val_every are 0: this run will not save its model")
     if args.min_lr > args.max_lr:
         ranks.say(f"warning: --min_lr {args.min_lr:g} is above --max_lr {args.max_lr:g}: the learning rate "
                   "will rise after the warm-up")
@@ -465,14 +465,17 @@ def train(args, at_exit):
     micro_steps = grad_accum_steps(args, ranks)
     model_config(args)  # an impossible shape is refused before any data is made
     data = open_data(args, ranks)
-    if args.vocab_size is None:  # a multiple of 128 makes matmuls faster on GPUs
-        args = argparse.Namespace(**{**vars(args), "vocab_size": math.ceil(data.num_tokens / 128) * 128})
+    newest = checkpoint.find_for_resume(run.log_dir, ranks) if run.resuming else None
+    if args.vocab_size is None:  # that of the resumed run, or a multiple of 128, for faster matmuls on GPUs
+        saved = checkpoint.read_meta(newest, digests=False).get("identity", {}) if newest else {}
+        size = saved.get("vocab_size") or math.ceil(data.num_tokens / 128) * 128
+        args = argparse.Namespace(**{**vars(args), "vocab_size": size})
     config = model_config(args)
     identity = recipe.identity_of(vars(args)) | data.identity
-    raw_model, newest, meta = open_model(args, config, data, identity, run, ranks)
+    raw_model, meta = open_model(args, config, data, identity, newest, run, ranks)
     weights = meta.get("files", {}).get("model.safetensors", {}).get("digest")
     ranks.check_same({"start step": meta.get("step", 0), "weights": weights, **data.identity,
-                      "HellaSwag examples": len(data.examples or ())})
+                      "HellaSwag examples": hellaswag.fingerprint(data.examples or [])})
     precision = Precision(ranks.device, args.dtype)
     optimizer = open_optimizer(args, raw_model, newest, meta, precision, ranks)
     validation = Validation(data.val, data.val_windows, precision, ranks, args.val_every and data.tokenizer)

@@ -316,6 +316,15 @@ def read_json(path):
             yield f"{path}:{number}", parse_json(line, f"{path}:{number}", hint)
 
 
+def is_json_line(path):
+    """Whether the first line of a text file is a JSON object."""
+    with explain_read_errors(path), open_text(path) as file:
+        try:
+            return isinstance(json.loads(file.readline(BATCH_CHARS)), dict)
+        except (ValueError, RecursionError):
+            return False
+
+
 def parse_json(text, place, hint):
     try:
         return json.loads(text)

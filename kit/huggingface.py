@@ -241,7 +241,9 @@ def model_card(model, name, source, meta=None, log_dir=None):
     rows, data, evaluations = [("weights from", origin)], {}, None
     if meta:
         record, settings = read_record(log_dir), meta.get("identity", {})
-        data = record["data_source"]
+        data = dict(record["data_source"])
+        if Path(data.get("dataset", "")).exists() and "dataset" in data:  # a local one
+            data["files of"] = Path(data.pop("dataset")).name
         rows = [("steps", f"{meta['step']:,}")]
         for key, value in data.items():
             rows.append((key, value if isinstance(value, str) else file_names(value)))

@@ -48,6 +48,9 @@ def read_gpt2(path):
         head, loss = state.pop("lm_head.weight", embedding), math.nan if loss is None else float(loss)
     except Exception as error:  # torch raises many types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        if "weights_only" in str(error):  # torch's own message recommends to run the pickle
+            reason = ("it holds Python objects, which are not loaded; in the program that wrote it, save "
+                      '{"model": state_dict, "config": vars(config)}')
         raise UserError(f"{path} is not a checkpoint of this program, of nanoGPT or of build-nanogpt "
                         f"({reason})") from error
     if shape["vocab_size"] not in VOCABULARIES:
@@ -58,6 +61,7 @@ def read_gpt2(path):
         raise UserError(f"{path}: lm_head.weight differs from transformer.wte.weight; in this GPT they are "
                         "one matrix: run this model with the program that made it")
     measured = f", validation loss {loss:.4f}" if abs(loss) < 1e3 else ""  # nanoGPT begins with 1e9
-    print(f"{path}: weights of {program}, step {step}{measured}; the optimizer's state is not read",
+    exact = ", whose GELU is exact" if gelu == "none" else ""
+    print(f"{path}: weights of {program}{exact}, step {step}{measured}; the optimizer's state is not read",
           file=sys.stderr)
     return {**shape, "bias": "transformer.ln_f.bias" in state, "gelu": gelu}, state

@@ -38,12 +38,17 @@ class Ranks:
         """
         self.device = pick_device(device)
         self.rank, self.world_size = integer_variable("RANK", 0), integer_variable("WORLD_SIZE", 1)
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(f"RANK is {self.rank} and WORLD_SIZE is {self.world_size}, which fits no run: "
+                            "start the ranks with torchrun, or unset both")
         missing = [name for name in VARIABLES if not os.environ.get(name)]
         if self.distributed and missing:
             raise UserError(f"WORLD_SIZE is {self.world_size}, but {', '.join(missing)} is not set: "
                             "start the ranks with torchrun, or unset WORLD_SIZE")
+        self.local_rank = integer_variable("LOCAL_RANK", 0)  # among the ranks of this machine
+        integer_variable("MASTER_PORT", 0)
         if self.distributed and self.device == "cuda":
-            self.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            self.device = pick_device(f"cuda:{self.local_rank}")
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)
         if self.distributed:

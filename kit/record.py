@@ -5,6 +5,7 @@ log.txt has one line `step stream value` per number. The streams are train, val 
 start at its top level, and those of all starts under "starts".
 """
 
+import contextlib
 import json
 import secrets
 from pathlib import Path
@@ -86,9 +87,12 @@ def read_record(log_dir):
 
 
 def is_run(log_dir):
-    """Whether a directory contains a run of this program: its run.json or a checkpoint. Raises UserError."""
-    checkpoints = (*Path(log_dir).glob("ckpt_*/meta.json"), *Path(log_dir).glob("best/meta.json"))
-    return bool(read_record(log_dir)["starts"] or checkpoints)
+    """Whether a directory contains a run of this program: its run.json or a checkpoint."""
+    if any(path for name in ("ckpt_*", "best") for path in Path(log_dir).glob(f"{name}/meta.json")):
+        return True
+    with contextlib.suppress(UserError):  # a run.json that can't be read is not ours
+        return bool(read_record(log_dir)["starts"])
+    return False
 
 
 def record_start(log_dir, resumed, **start):

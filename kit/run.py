@@ -12,8 +12,8 @@ from kit import curves, record, reference, tracking
 from kit.files import UserError, locked, sync
 from kit.ranks import restarted_by_torchrun, torchrun_id
 
-# what a run writes into its log directory, beside the trackers' own files
-FILES = ("log.txt", "run.json", "curves.png", "best", "ckpt_*")
+# what a run writes into its log directory and may replace
+FILES = ("log.txt", "run.json", "curves.png", "best", "ckpt_*", "tensorboard")
 REFERENCE_STEPS = (250, 1000, 5000)  # the val loss is compared with reference runs after these steps
 
 

@@ -115,7 +115,7 @@ class ShardWriter:
 
     def __init__(self, data_dir, manifest):
         self.data_dir, self.manifest = data_dir, manifest
-        self.prefix = PREFIXES.get(data_dir.name) or data_dir.resolve().name
+        self.prefix = PREFIXES.get(data_dir.resolve().name) or data_dir.resolve().name
         self.start = tuple(manifest["next"])  # earlier ids are in finished shards
         self.shards = []  # not published yet; the last one takes the next ids
         self.added = []  # (file, batch, number of ids) of their contents, while they may have to be cut again
@@ -196,6 +196,14 @@ class ShardWriter:
         """Remove the shards that were not published."""
         while self.shards:
             self.shards.pop().discard()
+
+
+def remove_leftovers(data_dir):
+    """Remove the unfinished files that an interrupted preparation has left behind."""
+    for path in data_dir.glob(".*.tmp"):
+        name = path.name[1:].removesuffix(".tmp").removesuffix(".aside").removeprefix(".")
+        if SHARD_NAME.search(name) or name in (MANIFEST, VERIFIED.removeprefix(".")):
+            path.unlink()
 
 
 # the manifest

@@ -101,7 +101,7 @@ def test_a_run_that_diverges_is_said_once(then):
 
 
 def test_a_loss_far_above_a_uniform_guess_is_said_after_the_warmup():
-    assert "a uniform guess has 6.24" in watched([200.0] * 70)[0]
+    assert "a uniform guess gives 6.24" in watched([200.0] * 70)[0]
     assert not watched([200.0] * 59)
 
 

@@ -323,7 +323,7 @@ def test_a_gpt2_of_the_hub_is_downloaded_by_its_name_and_found_without_a_network
     offline, local = (run_here(sample, "-m", model, *flags)
                       for model in ("someone/tiny-gpt2", tmp_path / "model"))
     assert online.stdout == offline.stdout == local.stdout
-    assert_refused(missing, "someone/else does not exist here", "no model of that name", "log directory")
+    assert_refused(missing, "someone/else does not exist here", "no public model", "log directory")
 
 
 def test_without_a_network_an_unknown_name_is_refused_in_one_line(tmp_path):

@@ -345,6 +345,8 @@ def test_standard_input_is_prepared_and_continued(tmp_path, learned, texts, faul
     as_lines = ["-", "--stdin_format", "jsonl"]
     prepare(learned, "--input", *as_lines, "--data_dir", tmp_path / "lines", stdin=lines)
     assert np.array_equal(stream_of(tmp_path / "lines"), expected_stream(["one", "two"], learned))
+    process = prepare(learned, "--input", "-", "--data_dir", tmp_path / "json", stdin=lines)
+    assert_refused(process, "begins with a line of JSON: add --stdin_format jsonl")
     process = prepare(learned, "--input", "-", "--data_dir", tmp_path / "none")
     assert_refused(process, "stdin.txt: no text in it")
     assert_refused(prepare(learned, "--input", stored, "--stdin_format", "csv"), "--stdin_format")
@@ -404,7 +406,7 @@ def test_a_damaged_file_costs_no_finished_shard(tmp_path, learned, damaged):
     assert len(kept) > 4
     write(paths[1], sound)
     process = prepare(learned, "--input", *paths, *flags, tmp_path / "x" / "data")
-    assert "the input differs from file 2 on" in process.stdout and "continuing after" in process.stdout
+    assert "the input changed from file 2 on" in process.stdout and "continuing after" in process.stdout
     unchanged = [name for name in kept if (tmp_path / "x" / "data" / name).stat().st_mtime_ns == kept[name]]
     assert 2 <= len(unchanged) < len(kept)
     assert prepare(learned, "--input", *paths, *flags, tmp_path / "y" / "data").returncode == 0

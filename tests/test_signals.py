@@ -180,6 +180,10 @@ def test_rank_0_may_take_longer_than_the_timeout_before_training(shards, tmp_pat
 @pytest.mark.parametrize("env, words", [
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, "), ({"RANK": "x"}, "RANK is 'x', not a number"),
     ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, "LOCAL_RANK, MASTER_PORT is not set"),
+    ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE is 1"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
+    ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is -1"), ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+    ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+     "RANK is 2 and WORLD_SIZE is 2"),
 ])
 def test_leftovers_of_a_scheduler_are_refused(shards, tmp_path, monkeypatch, env, words):
     for name, value in env.items():

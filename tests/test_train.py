@@ -344,6 +344,17 @@ def test_the_vocabulary_is_that_of_the_data(shards, whole, tmp_path):
     assert_same_end(tmp_path / "log", whole)
 
 
+def test_a_run_with_a_padded_vocabulary_resumes_without_the_flag(shards, tmp_path):
+    """As the runs of older versions, whose default was GPT-2's vocabulary whatever the data."""
+    train(shards, tmp_path / "log", "--vocab_size", 640, "--max_steps", 12)
+    shutil.rmtree(tmp_path / "log" / "ckpt_000012")
+    flags = list(map(str, flags_of(shards, tmp_path / "log", "--resume")))
+    at = flags.index("--vocab_size")
+    with one_thread():
+        main(parse_args(flags[:at] + flags[at + 2 :]))
+    assert checkpoint.load_model(tmp_path / "log").config.vocab_size == 640
+
+
 def test_every_config_is_complete_and_divides():
     for path in sorted((ROOT / "configs").glob("*.txt")):
         args = parse_args([f"@{path}"])

@@ -344,7 +344,8 @@ def test_a_full_disk_ends_the_run_in_one_line(shards, whole, tmp_path, full_at):
     assert_same_end(log_dir, whole)
 
 
-@pytest.mark.parametrize("name", ["log.txt", "curves.png", "run.json", "best/model.bin", "ckpt_000001/x"])
+@pytest.mark.parametrize("name", ["log.txt", "curves.png", "run.json", "best/model.bin", "ckpt_000001/x",
+                                  "tensorboard/events"])
 @pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["new", "resumed"])
 def test_files_of_another_program_are_never_touched(shards, tmp_path, name, resume):
     path = tmp_path / "log" / name
@@ -354,6 +355,24 @@ def test_files_of_another_program_are_never_touched(shards, tmp_path, name, resu
     assert_refused(process, f"a {name.partition('/')[0]} of another program", tmp_path / "log")
     assert path.read_text() == '{"step": 0}'
     assert {path.name for path in (tmp_path / "log").iterdir()} == {name.partition("/")[0], ".lock"}
+
+
+def test_temporary_files_of_another_program_stay(shards, learned, texts, tmp_path):
+    source = make.write_jsonl(tmp_path / "topics.jsonl", texts[:20])
+    for name in ("log/.mine.tmp", "log/.work.tmp/x", "data/.mine.tmp", "data/.work.tmp/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("theirs")
+    prepare([str(source)], tmp_path / "data", {"files": "topics"}, learned)
+    train(shards, tmp_path / "log", "--resume")
+    train(shards, tmp_path / "log", "--resume")
+    for name in ("log/.mine.tmp", "log/.work.tmp/x", "data/.mine.tmp", "data/.work.tmp/x"):
+        assert (tmp_path / name).read_text() == "theirs"
+
+
+@pytest.mark.parametrize("content", ["[1]", "not JSON"])
+def test_a_run_json_of_another_program_is_not_called_damaged(shards, tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    assert_refused(run_here(train_gpt2, *flags_of(shards, tmp_path)), "a run.json of another program")
 
 
 def test_a_run_whose_run_json_was_removed_resumes(shards, whole, tmp_path):
