@@ -316,8 +316,11 @@ def resolve(source):
             return newest
         if (path / "best").is_dir() and not problems:
             return path / "best"
-        remedy = f"{source}/best may still be valid" if (path / "best").is_dir() else (
-            f"train one with python train_gpt2.py --log_dir {source}, or use -m gpt2")
+        remedy = f"train one with python train_gpt2.py --log_dir {source}, or use -m gpt2"
+        if (path / "best").is_dir():
+            remedy = f"{source}/best may still be valid"
+        elif others := sorted(path.glob("*.pt")):
+            remedy = f"name a file of another program itself, for example {others[-1]}"
         raise UserError(f"{source} contains no valid checkpoint" + "".join(f"; {p}" for p in problems)
                         + f": {remedy}")
     if huggingface.HUB_NAME.fullmatch(str(source)) and not NAME.match(path.name):

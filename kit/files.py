@@ -243,7 +243,7 @@ def sync(path):
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno not in UNSUPPORTED:
+            if error.errno not in (*UNSUPPORTED, errno.EBADF):  # EBADF: it wants a file open for writing
                 raise
             warn_once(f"the file system of {Path(path).parent} does not support fsync: after a power failure "
                       "the newest files may be lost")

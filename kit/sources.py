@@ -68,8 +68,16 @@ def list_directory(entry, data_dir):
     """The files of a directory that can be read, sorted, without hidden ones. Raises UserError if none."""
     if data_dir and Path(data_dir).resolve().is_relative_to(Path(entry).resolve()):
         raise UserError(f"--data_dir {data_dir} is inside {entry}, where the texts are: choose another")
-    paths = [path for path in sorted(Path(entry).rglob("*"))
+    def unreadable(error):
+        raise UserError(f"input {entry}: {error.filename} can't be read ({error.strerror})")
+
+    found = [Path(folder, name) for folder, folders, names in os.walk(entry, onerror=unreadable)
+             for name in folders + names]
+    paths = [path for path in sorted(found)
              if not any(part.startswith(".") for part in path.relative_to(entry).parts)]
+    for path in paths:
+        if format_of(path)[0] and not path.exists():
+            raise UserError(f"input {entry}: {path} is a link to a file that does not exist")
     files = [path for path in paths if path.is_file() and format_of(path)[0]]
     # a link to a directory is not followed
     others = len(paths) - len(files) - sum(path.is_dir() and not path.is_symlink() for path in paths)

@@ -289,8 +289,27 @@ def test_directories_and_patterns_stand_for_their_files(tmp_path, learned, monke
     assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(documents, learned))
     process = run_here(tokenizer, "train", "texts", "--vocab_size", 260, "--out", "t.json")
     assert process.returncode == 0 and "texts: 4 files" in process.stdout
+    (folder / "b" / "gone.jsonl").symlink_to(folder / "nowhere")
+    with pytest.raises(UserError, match="gone.jsonl is a link to a file that does not exist"):
+        sources.find_files(["texts"])
     (folder / "[odd].txt").write_text("a file may be named like a pattern")
     assert sources.find_files(["texts/[odd].txt"]) == ["texts/[odd].txt"]
+
+
+def test_an_unreadable_directory_inside_the_input_is_refused(tmp_path, monkeypatch):
+    """It would leave out texts without a word. (The superuser can read everything, so the call fails.)"""
+    (tmp_path / "texts" / "closed").mkdir(parents=True)
+    write(tmp_path / "texts" / "a.txt", "text")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="texts/closed can't be read"):
+        sources.find_files([str(tmp_path / "texts")])
 
 
 def test_inputs_that_are_missing_or_named_twice_are_refused(tmp_path, learned, monkeypatch):

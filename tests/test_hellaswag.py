@@ -292,6 +292,12 @@ def test_published_results_stand_only_beside_those_of_the_whole_set(two_models, 
     assert "gpt2-xl" not in printed and printed.count("\n") == 1 and "± " in printed
 
 
+def test_the_fingerprint_tells_examples_and_their_order():
+    rows = [make.ROW, {**make.ROW, "label": 2}]
+    assert hellaswag.fingerprint(rows) == hellaswag.fingerprint(list(rows))
+    assert len({hellaswag.fingerprint(other) for other in (rows, rows[::-1], rows[:1], [])}) == 4
+
+
 @pytest.mark.parametrize("acc, noise", [(0.25, True), (0.31, True), (0.34, False), (0.1, False)])
 def test_a_result_at_chance_is_called_so(capsys, acc, noise):
     result = dict(model="m", protocol="completion", n=100, endings_cut=0, acc=acc, acc_norm=0.26,

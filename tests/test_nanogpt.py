@@ -132,13 +132,19 @@ def test_nanogpts_weights_are_exported_and_sampled(tmp_path, gpt2_tokenizer):
     "n_layer is 3": lambda saved: saved["model_args"].update(n_layer=3),
     "n_head must be": lambda saved: saved["model_args"].update(n_head="2"),
     "KeyError": lambda saved: saved.pop("model"),
-    "not a checkpoint of this program": lambda saved: saved.update(config=GPT),  # a class
+    "it holds Python objects, which are not loaded": lambda saved: saved.update(config=GPT),  # a class
 }.items())
 def test_a_file_that_does_not_fit_is_refused(tmp_path, reason, change):
     write_nanogpt(tmp_path / "ckpt.pt", change=change)
     with pytest.raises(UserError, match=f"ckpt.pt.*{reason}") as refusal:
         load_model(tmp_path / "ckpt.pt")
     assert "\n" not in str(refusal.value)
+
+
+def test_a_directory_of_another_program_names_its_file(tmp_path):
+    write_nanogpt(tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=f"name a file of another program itself, .*{tmp_path}/ckpt.pt"):
+        load_model(tmp_path)
 
 
 def test_weights_of_llm_c_are_refused_with_the_name_of_its_converter(tmp_path):

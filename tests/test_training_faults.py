@@ -392,6 +392,7 @@ def is_directory(descriptor):
     ((fcntl, "flock", errno.ENOSYS), "has no locks"),
     ((os, "fsync", errno.EINVAL, is_directory), "power failure"),
     ((os, "fsync", errno.ENOTSUP), "power failure"),
+    ((os, "fsync", errno.EBADF, is_directory), "power failure"),
     ((os, "chmod", errno.EPERM), None),
     ((os, "chmod", errno.ENOTSUP), None),
     ((os, "posix_fadvise", errno.EINVAL), None),
