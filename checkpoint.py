@@ -26,7 +26,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kit.flags import Parser, from_command_line
+from kit.flags import MODEL, Parser, from_command_line
 
 
 def parse_args(argv=None):
@@ -38,9 +38,7 @@ def parse_args(argv=None):
         command = commands.add_parser(name, help=f"show the checkpoints of a run and {what}")
         command.add_argument("directory", metavar="DIR", help="a run's log directory, or one checkpoint")
     command = commands.add_parser("export", help="write a model as a Hugging Face directory, and upload it")
-    command.add_argument("source", metavar="MODEL",
-                         help="a run's log directory, one checkpoint, gpt2, ..., another GPT-2 of the hub, a "
-                              "Hugging Face directory, or a .pt file of nanoGPT or build-nanogpt")
+    command.add_argument("source", metavar="MODEL", help=MODEL)
     command.add_argument("directory", metavar="DIR", help="the new directory")
     command.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload it to this repository")
     return parser.parse_args(argv)

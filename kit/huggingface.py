@@ -242,7 +242,7 @@ def model_card(model, name, source, meta=None, log_dir=None):
     if meta:
         record, settings = read_record(log_dir), meta.get("identity", {})
         data = dict(record["data_source"])
-        if Path(data.get("dataset", "")).exists() and "dataset" in data:  # a local one
+        if "dataset" in data and Path(data["dataset"]).exists():  # a local one
             data["files of"] = Path(data.pop("dataset")).name
         rows = [("steps", f"{meta['step']:,}")]
         for key, value in data.items():

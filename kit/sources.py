@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from kit.files import UserError, atomic_write, digest, fetch, first_line, retried
+from kit.files import UserError, atomic_write, count, digest, fetch, first_line, retried
 from kit.formats import FORMATS, check_format, format_of
 
 # by name: repository, configuration and revision on the hub. OpenWebText's main branch is a script, which the
@@ -60,7 +60,7 @@ def expand(entry, data_dir):
         raise UserError(f"input {entry}: no such files")
     if data_dir and any(Path(path).resolve().is_relative_to(Path(data_dir).resolve()) for path in paths):
         raise UserError(f"--data_dir {data_dir} contains files that match {entry}: choose another")
-    print(f"{entry}: {count_of(paths)}")
+    print(f"{entry}: {count(len(paths), 'file')}")
     return paths
 
 
@@ -83,12 +83,9 @@ def list_directory(entry, data_dir):
     others = len(paths) - len(files) - sum(path.is_dir() and not path.is_symlink() for path in paths)
     if not files:
         raise UserError(f"input {entry}: no file of a known format in it ({FORMATS})")
-    print(f"{entry}: {count_of(files)}" + (f", without {others} of other formats" if others else ""))
+    left_out = f", without {others} of other formats" if others else ""
+    print(f"{entry}: {count(len(files), 'file')}{left_out}")
     return files
-
-
-def count_of(files):
-    return f"{len(files)} file{'s' * (len(files) != 1)}"
 
 
 def name_of(entry):

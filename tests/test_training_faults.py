@@ -399,7 +399,7 @@ def is_directory(descriptor):
 ], ids=lambda value: " ".join([value[1], errno.errorcode[value[2]]]) if isinstance(value, tuple) else "")
 def test_a_simple_file_system_is_enough(shards, whole, learned, texts, tmp_path, faults, capsys, fault,
                                         words):
-    """What it can't do is said once, data and run are the same."""
+    """A missing call gives at most one warning; shards and run have the same bits as without the fault."""
     source = make.write_jsonl(tmp_path / "topics.jsonl", texts)
     with faults.put_in():
         faults.failing(*fault)
