@@ -585,19 +585,18 @@ def machine(device):
     import transformers
     from torch.nn.attention import SDPBackend
 
+    from kit.device import name_of
+
     facts = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), python=platform.python_version(),
                  torch=torch.__version__, transformers=transformers.__version__, cores=os.cpu_count(),
-                 device=platform.processor() or "CPU")
+                 device=name_of(device))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q = torch.empty(1, 12, 1024, 64, device=device, dtype=dtype, requires_grad=True)
     facts["attention"] = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
     if device == "cuda":
         driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts |= dict(device=torch.cuda.get_device_name(), cudnn=torch.backends.cudnn.version(),
+        facts |= dict(cudnn=torch.backends.cudnn.version(),
                       driver=subprocess.run(driver, capture_output=True, text=True).stdout.strip())
-    elif (info := Path("/proc/cpuinfo")).exists():
-        facts["device"] = next((line.partition(": ")[2] for line in info.read_text().splitlines()
-                                if line.startswith("model name")), facts["device"])
     return facts
 
 

@@ -70,7 +70,7 @@ FORMAT = "gpt2 checkpoint, version 1"
 NAME = re.compile(r"ckpt_(\d{6,})$")
 
 # the temporary names of a run's files and directories, which a crash leaves behind; the digits: `discard`
-LEFTOVER = re.compile(r"\.(\d+|(ckpt_\d+|best)(\.old)?|log\.txt|run\.json|curves\.png)\.tmp")
+LEFTOVER = re.compile(r"\.(\d+|(ckpt_\d+|best)(\.old)?|log\.txt|run\.json|curves\.png|source_\w+\.zip)\.tmp")
 
 # types of the values in meta.json
 KINDS = dict(step=int, config=dict, files=dict, identity=dict, val_loss=(float, type(None)), best_val=float,
@@ -389,15 +389,18 @@ def crop_positions(model, block_size, source, say):
 
     say: called with a line if that changes the model.
     """
-    positions = model.transformer.wpe
-    if block_size > positions.num_embeddings:
-        raise UserError(f"--block_size {block_size}: {source} has learned only {positions.num_embeddings} "
-                        "positions; leave the flag out")
-    if block_size < positions.num_embeddings:
-        say(f"--block_size {block_size}: the model keeps the first {block_size} of the "
-            f"{positions.num_embeddings} positions of {source}")
-    positions.weight = torch.nn.Parameter(positions.weight[:block_size].detach().clone())
-    positions.num_embeddings = model.config.block_size = block_size
+    learned = model.config.block_size
+    if block_size > learned:
+        raise UserError(f"--block_size {block_size}: {source} has learned only {learned} positions; leave "
+                        "the flag out")
+    if block_size < learned:
+        say(f"--block_size {block_size}: the model keeps the first {block_size} of the {learned} positions "
+            f"of {source}")
+    model.config.block_size = block_size
+    if model.config.position == "learned":
+        positions = model.transformer.wpe
+        positions.weight = torch.nn.Parameter(positions.weight[:block_size].detach().clone())
+        positions.num_embeddings = block_size
 
 
 def export(source, directory, push_to_hub=None):

@@ -1,18 +1,20 @@
 """GPT-2: the decoder-only transformer of "Language Models are Unsupervised Multitask Learners" (Radford et
 al., 2019). Parameters have the names of Hugging Face's GPT-2; kit/huggingface.py loads the published weights.
 
-Pre-norm blocks, tanh-GELU, learned positions, and one matrix that both embeds and predicts the tokens.
+Pre-norm blocks, tanh-GELU, learned positions, and one matrix that both embeds and predicts the tokens. Other
+parts, chosen by the fields of GPTConfig, are in kit/variants.py.
 Shapes in comments: B = batch, T = time (tokens), C = n_embd, nh = heads, hs = head size, V = vocab_size.
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kit import huggingface
+from kit import huggingface, optim, variants
 from kit.device import peak_flops
 from kit.loss import LinearCrossEntropy, mean_of_counted, row_slices, split_ignored
 
@@ -39,6 +41,17 @@ class GPTConfig:
     bias: bool = True  # in linear layers and LayerNorms, as in GPT-2
     num_tokens: int | None = None  # ids of the tokenizer, the rest is padding; None: GPT-2's
     gelu: str = "tanh"  # its approximation, as in GPT-2; "none": the exact GELU of nanoGPT and Cerebras-GPT
+    # what GPT-2 does not have (kit/variants.py):
+    mlp: str = "gelu"  # or "swiglu", "relu2"
+    norm: str = "layernorm"  # or "rmsnorm"
+    position: str = "learned"  # or "rope": rotary
+    qk_norm: bool = False  # normalize queries and keys
+    tie_embeddings: bool = True  # one matrix embeds and predicts the tokens
+    logit_softcap: float = 0.0  # bend logits to stay within +-this; 0: not at all
+    value_residual: bool = False  # each layer's attention also sees the first layer's values
+    embedding_norm: bool = False  # a norm behind the embedding
+    x0_shortcut: bool = False  # each block also sees the embedded tokens
+    zero_init: bool = False  # blocks, and an untied head, begin with an output of 0
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "num_tokens"):
@@ -53,8 +66,7 @@ class GPTConfig:
             raise ValueError(f"num_tokens ({self.num_tokens}) must not exceed vocab_size ({self.vocab_size})")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, not {self.dropout!r}")
-        if self.gelu not in ("tanh", "none"):
-            raise ValueError(f"gelu must be 'tanh' or 'none', not {self.gelu!r}")
+        variants.check(self)
 
 
 class KVCache:
@@ -66,11 +78,11 @@ class KVCache:
         self.kv = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length = 0  # tokens stored in every layer
 
-    def append(self, layer, kv):
-        """Append a layer's keys and values (2, B, nh, T, hs); return all, (2, B, nh, length + T, hs)."""
-        T = kv.size(3)
-        self.kv[layer].narrow(3, self.length, T).copy_(kv)
-        return self.kv[layer].narrow(3, 0, self.length + T)
+    def append(self, layer, k, v):
+        """Append a layer's keys and values (B, nh, T, hs); return all, (B, nh, length + T, hs) each."""
+        keys, values = self.kv[layer].narrow(3, 0, self.length + k.size(2))
+        keys[:, :, self.length :], values[:, :, self.length :] = k, v
+        return keys, values
 
 
 class CausalSelfAttention(nn.Module):
@@ -86,18 +98,19 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.adapt = variants.adapt_heads(config, layer)  # QK-norm, rotary positions, value residual
 
-    def forward(self, x, mask=None, cache=None):
+    def forward(self, x, mask=None, cache=None, shared=None):
         B, T, C = x.size()
-        # split into queries, keys and values, and into heads: (3, B, nh, T, hs)
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        if cache is None:
-            q, k, v = qkv
-        else:
+        # split into queries, keys and values, and into heads: (B, nh, T, hs) each
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if self.adapt is not None:
+            q, k, v = self.adapt(q, k, v, shared)
+        if cache is not None:
             assert cache.length == 0 or T == 1, (
                 "after the prompt, a KV cache takes one token at a time: there is no mask for several"
             )
-            q, (k, v) = qkv[0], cache.append(self.layer, qkv[1:])
+            k, v = cache.append(self.layer, k, v)
         # is_causal is the causal mask. A single token after a cache attends to all, so it needs no mask
         is_causal = mask is None and (cache is None or cache.length == 0)
         y = F.scaled_dot_product_attention(
@@ -109,24 +122,19 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a hidden width of 4 C, applied to each token separately."""
+    """Two linear layers with an activation between them, applied to each token separately."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        outputs, inputs = variants.mlp_widths(config)  # GPT-2: 4 C both
+        self.c_fc = nn.Linear(config.n_embd, outputs, bias=config.bias)
+        self.activation = variants.activation(config)  # GPT-2: GELU, approximated by tanh
+        self.c_proj = nn.Linear(inputs, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True
         self.dropout = nn.Dropout(config.dropout)
-        self.gelu = config.gelu
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate=self.gelu)  # GPT-2 was trained with tanh, not the exact GELU
-        return self.dropout(self.c_proj(x))
-
-
-def make_norm(config):
-    """The norm before attention, before the MLP and before the head."""
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
 
 
 class Block(nn.Module):
@@ -134,13 +142,16 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = make_norm(config)
+        self.shortcut = variants.Shortcut() if config.x0_shortcut else None
+        self.ln_1 = variants.norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = make_norm(config)
+        self.ln_2 = variants.norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, cache=None):
-        x = x + self.attn(self.ln_1(x), mask, cache)  # moves information between tokens
+    def forward(self, x, mask=None, cache=None, shared=None):
+        if self.shortcut is not None:
+            x = self.shortcut(x, shared.x0)
+        x = x + self.attn(self.ln_1(x), mask, cache, shared)  # moves information between tokens
         x = x + self.mlp(self.ln_2(x))  # works on each token separately
         return x
 
@@ -152,17 +163,18 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.uncompiled_loss = None  # a mean_loss outside of torch.compile's graph, if any: kit/device.py
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),  # of tokens
-                wpe=nn.Embedding(config.block_size, config.n_embd),  # of positions
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                ln_f=make_norm(config),
-            )
-        )
+        self.transformer = transformer = nn.ModuleDict()
+        transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)  # of tokens
+        if config.position == "learned":
+            transformer.wpe = nn.Embedding(config.block_size, config.n_embd)  # of positions
+        if config.embedding_norm:
+            transformer.ln_e = variants.norm(config)
+        transformer.drop = nn.Dropout(config.dropout)
+        transformer.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        transformer.ln_f = variants.norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied: https://arxiv.org/abs/1608.05859
+        if config.tie_embeddings:
+            transformer.wte.weight = self.lm_head.weight  # https://arxiv.org/abs/1608.05859
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
@@ -171,7 +183,9 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear):
             std = 0.02
             if hasattr(module, "is_residual_projection"):
-                std /= math.sqrt(2 * self.config.n_layer)
+                std = 0.0 if self.config.zero_init else std / math.sqrt(2 * self.config.n_layer)
+            elif module is self.lm_head and self.config.zero_init and not self.config.tie_embeddings:
+                std = 0.0
             nn.init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -179,7 +193,7 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
     def features(self, idx, positions=None, mask=None, cache=None):
-        """The output of the final LayerNorm, (B, T, C), for token ids idx (B, T). The head reads it.
+        """The output of the final norm, (B, T, C), for token ids idx (B, T). The head reads it.
 
         positions (B, T) or (T,): of the tokens; by default they continue after the cached tokens.
         mask (B, 1, T, T) bool: which tokens attend to which; by default causal.
@@ -192,10 +206,15 @@ class GPT(nn.Module):
         )
         if positions is None:
             positions = torch.arange(start, start + T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if self.config.position == "learned":
+            x = x + self.transformer.wpe(positions)
+        if self.config.embedding_norm:
+            x = self.transformer.ln_e(x)
         x = self.transformer.drop(x)
+        shared = variants.share(self.config, positions, x)
         for block in self.transformer.h:
-            x = block(x, mask, cache)
+            x = block(x, mask, cache, shared)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)
@@ -205,7 +224,8 @@ class GPT(nn.Module):
 
         weight (V, C): instead of the head's own, for example a copy in 16 bits.
         """
-        return self.lm_head(x) if weight is None else F.linear(x, weight)
+        logits = self.lm_head(x) if weight is None else F.linear(x, weight)
+        return variants.softcap(logits, self.config.logit_softcap) if self.config.logit_softcap else logits
 
     def loss_logits(self, x, weight=None):
         """`logits` of (N, C) in fp32, where the padding of the vocabulary gets no probability.
@@ -230,7 +250,8 @@ class GPT(nn.Module):
     def mean_loss(self, x, targets):
         """Mean cross-entropy, in nats, of the targets (N,) given their features (N, C)."""
         if torch.is_grad_enabled():
-            return LinearCrossEntropy.apply(x, self.lm_head.weight, targets, self.loss_logits)
+            return LinearCrossEntropy.apply(x, self.lm_head.weight, targets, self.loss_logits,
+                                            self.config.logit_softcap)
         return mean_of_counted(self.token_losses(x, targets).mean(), split_ignored(targets)[0])
 
     @torch.no_grad()
@@ -279,21 +300,16 @@ class GPT(nn.Module):
             idx = torch.cat([idx[:, -block_size:], unread], dim=1)
             yield (unread, logits) if with_logits else unread
 
-    def configure_optimizers(self, weight_decay, learning_rate, device_type):
-        """AdamW as in the GPT-3 paper: weight decay for matrices and embeddings, not for biases and norms."""
-        params = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        # one kernel for the whole update, on devices that have it
-        fused = device_type.partition(":")[0] in ("cuda", "mps", "cpu")
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    def configure_optimizers(self, weight_decay, learning_rate, device_type, optimizer="adamw", **settings):
+        """AdamW as in the GPT-3 paper: weight decay for matrices and embeddings, not for biases and norms.
+
+        optimizer="muon": Muon for the matrices of the blocks, AdamW for the rest. settings: of `optim.make`.
+        """
+        return optim.make(self, weight_decay, learning_rate, device_type, optimizer, **settings)
 
     def num_params(self, non_embedding=False):
-        """Number of parameters, the tied matrix once. non_embedding leaves out positions, like nanoGPT."""
-        count = sum(p.numel() for p in self.parameters())
-        return count - self.transformer.wpe.weight.numel() if non_embedding else count
+        """Number of parameters, a tied matrix once. non_embedding leaves out positions, like nanoGPT."""
+        return sum(p.numel() for name, p in self.named_parameters() if not (non_embedding and "wpe" in name))
 
     def flops_per_token(self, sequence_length):
         """Training FLOPs per token by the convention of PaLM (appendix B) and nanoGPT: 6 N + 12 L T C.
@@ -302,8 +318,8 @@ class GPT(nn.Module):
         it is masked.
         """
         c = self.config
-        matrices = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and "wpe" not in name)
-        return 6 * matrices + 12 * c.n_layer * sequence_length * c.n_embd
+        matmuls = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * matmuls + 12 * c.n_layer * sequence_length * c.n_embd
 
     def estimate_mfu(self, tokens_per_second, sequence_length, device_name):
         """Model FLOPs utilization: training FLOP/s as a fraction (0 to 1) of the device's 16-bit peak.
@@ -315,17 +331,16 @@ class GPT(nn.Module):
 
     def summary(self):
         """A table of the parameters, layer by layer, as text."""
-        transformer = self.transformer
-        parts = [("transformer.wte (= lm_head)", transformer.wte), ("transformer.wpe", transformer.wpe)]
-        for i, block in enumerate(transformer.h):
-            parts.append((f"transformer.h.{i}", block))
-            for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
-                parts.append((f"  {name}", block.get_submodule(name)))
-        parts.append(("transformer.ln_f", transformer.ln_f))
         lines = [f"{'layer':<28} {'weight':>14} {'parameters':>14}", "-" * 58]
-        for name, part in parts:
-            shape = str(tuple(part.weight.shape)) if hasattr(part, "weight") else ""
-            lines.append(f"{name:<28} {shape:>14} {sum(p.numel() for p in part.parameters()):>14,}")
+        for name, module in self.named_modules():
+            parameters = list(module.parameters(recurse=isinstance(module, Block)))
+            if not parameters or module is self.lm_head and self.config.tie_embeddings:
+                continue
+            if module is self.transformer.wte and self.config.tie_embeddings:
+                name += " (= lm_head)"
+            name = re.sub(r"transformer\.h\.\d+\.", "  ", name)
+            shape = "" if isinstance(module, Block) else str(tuple(parameters[0].shape))
+            lines.append(f"{name:<28} {shape:>14} {sum(p.numel() for p in parameters):>14,}")
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         lines += ["-" * 58, f"{'total':<28} {'':>14} {self.num_params():>14,}"]
         lines += [f"{'trainable':<28} {'':>14} {trainable:>14,}"]
@@ -348,22 +363,26 @@ class GPT(nn.Module):
             raise ValueError(f"n_layer is {config.n_layer}, but there are weights of {layers} layers")
         with torch.device("meta"):  # allocate and initialize nothing: the state dict has all tensors
             model = cls(config)
-        # files store the tied matrix once
-        state = {"lm_head.weight": state["transformer.wte.weight"], **state}
+        if config.tie_embeddings:  # files store the tied matrix once
+            state = {"lm_head.weight": state["transformer.wte.weight"], **state}
         model.load_state_dict(state, assign=True)
-        model.lm_head.weight = model.transformer.wte.weight  # tie them again
+        if config.tie_embeddings:
+            model.lm_head.weight = model.transformer.wte.weight
         return model.requires_grad_(True).eval()
 
     def state_to_save(self):
-        """The state dict without lm_head.weight, which is the same tensor as transformer.wte.weight."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name != "lm_head.weight"}
+        """The state dict, without lm_head.weight where that is the same tensor as transformer.wte.weight."""
+        state = self.state_dict()
+        return {name: state[name] for name in state
+                if name != "lm_head.weight" or not self.config.tie_embeddings}
 
     def save_pretrained(self, directory, end_of_text=None, padding=None):
-        """Write a Hugging Face directory for `GPT2LMHeadModel.from_pretrained`, without the padding rows.
+        """Write a Hugging Face directory for `AutoModelForCausalLM.from_pretrained`, without padding rows.
 
-        end_of_text, padding: ids of these tokens (default: the tokenizer's last id).
+        end_of_text, padding: ids of these tokens (default: the tokenizer's last id). Raises UserError for
+        variants that transformers has no class for.
         """
-        huggingface.write_gpt2(self, directory, end_of_text, padding)
+        huggingface.write(self, directory, end_of_text, padding)
 
 
 def check_sampling(idx, max_new_tokens, temperature, top_k, top_p):

@@ -43,7 +43,7 @@ def parse_args(argv=None):
         help="seconds after which a rank that does not answer counts as lost")
     add("--micro_batch_size", type=integer(1), default=32,
         help="sequences per forward pass and rank; determines memory use, not the batches of the run")
-    recipe.add_flags(parser, "batch", "optimizer", "model", "validation")
+    recipe.add_flags(parser)
     add = parser.add_argument_group("evaluation, samples and checkpoints").add_argument
     add("--val_every", type=interval, default=250, help="interval of the validation loss")
     add("--hellaswag_every", type=interval, default=250, help="interval of HellaSwag")
@@ -96,9 +96,9 @@ from checkpoint import Progress
 from kit import shards
 from kit.device import Precision, compile_model, name_of, out_of_memory, to_device, tune
 from kit.divergence import NOT_FINITE, skip_or_stop, watch_loss
-from kit.files import UNUSABLE_PATH, UserError, count, first_line, run_script, unbreakable_output
-from kit.ranks import Ranks, StopRequested, StopSignal, explain_lost_rank
-from kit.report import Report, waiting
+from kit.files import UserError, count, first_line, run_script, unbreakable_output
+from kit.ranks import Ranks, StopRequested, StopSignal
+from kit.report import Report, explain_errors, waiting
 from kit.run import Run
 from kit.sharding import distribute, sync_gradients
 from kit.validation import Validation
@@ -166,10 +166,18 @@ class DataLoaderLite:
 
 
 def get_lr(step, args):
-    """The learning rate of a step: linear warm-up to max_lr, then a cosine down to min_lr at max_steps."""
+    """The learning rate of a step: linear warm-up to max_lr, then down to min_lr at max_steps.
+
+    "cosine": along a cosine. "wsd" (warm-up, stable, decay; https://arxiv.org/abs/2405.18392): constant, then
+    linearly over the last decay_fraction of the steps.
+    """
     if step < args.warmup_steps:
         return args.max_lr * (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)  # 0 to 1
+    steps = args.max_steps - args.warmup_steps
+    if args.schedule == "wsd":
+        steps_to_go, decay_steps = args.max_steps - step, min(steps, args.decay_fraction * args.max_steps)
+        return args.min_lr + min(1, steps_to_go / max(1, decay_steps)) * (args.max_lr - args.min_lr)
+    progress = (step - args.warmup_steps) / max(1, steps)  # 0 to 1
     return args.min_lr + 0.5 * (1 + math.cos(math.pi * min(1, progress))) * (args.max_lr - args.min_lr)
 
 
@@ -182,7 +190,7 @@ class Data:
 
     train: DataLoaderLite
     val: DataLoaderLite
-    val_windows: int  # how many windows the validation loss reads
+    val_windows: range  # the windows that the validation loss reads
     tokenizer_name: str  # "gpt2" or the path of a tokenizer.json
     tokenizer: tiktoken.Encoding | None  # None: not available, so no samples, HellaSwag or bits per byte
     num_tokens: int  # ids of the tokenizer
@@ -229,9 +237,14 @@ def open_data(args, ranks):
     if args.vocab_size and num_tokens > args.vocab_size and not args.init_from:
         raise UserError(f"--vocab_size {args.vocab_size}: the shards of {args.data_dir} were encoded with "
                         f"{num_tokens} ids")
-    val_windows = min(args.val_tokens // args.sequence_length, val.num_windows)
-    if val_windows < args.val_tokens // args.sequence_length:
-        ranks.say(f"the val split has {val_windows * args.sequence_length:,} tokens, fewer than --val_tokens")
+    first = args.val_start // args.sequence_length
+    last = first + args.val_tokens // args.sequence_length
+    val_windows, tokens = range(first, min(last, val.num_windows)), val.num_windows * args.sequence_length
+    if not val_windows:
+        raise UserError(f"--val_start {args.val_start}: the val split has only {tokens} tokens")
+    if last > val.num_windows:
+        ranks.say(f"the val split has {tokens:,} tokens, fewer than --val_tokens"
+                  + f" after --val_start {args.val_start:,}" * (first > 0))
 
     examples = load_hellaswag(args, ranks) if tokenizer and args.hellaswag_every else None
     if ranks.max(examples is None):  # all ranks evaluate, or none
@@ -328,7 +341,9 @@ def load_init(args, data, ranks):
 
 def open_optimizer(args, raw_model, newest, meta, precision, ranks):
     """The optimizer. It and the gradient scaler of `precision` continue from the checkpoint, if any."""
-    optimizer = raw_model.configure_optimizers(args.weight_decay, args.max_lr, ranks.device)
+    optimizer = raw_model.configure_optimizers(
+        args.weight_decay, args.max_lr, ranks.device, args.optimizer, betas=(args.beta1, args.beta2),
+        muon_scale=args.muon_scale, muon_momentum=args.muon_momentum, share=ranks.share)
     if newest:
         checkpoint.load_optimizer(newest, optimizer)
         if meta.get("dtype", precision.name) != precision.name:
@@ -359,7 +374,7 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
             with waiting("compiling: a minute or more; --no-compile skips it", ranks):
                 compiled = compile_model(raw_model, ranks.device)
                 warm_up(compiled)
-                if args.val_every and validation.windows >= args.micro_batch_size:  # another graph
+                if args.val_every and len(validation.windows) >= args.micro_batch_size:  # another graph
                     validation.batch_loss(compiled, batch)
         except Exception as error:  # no C++ compiler, no headers, a GPU too old for Triton, ...
             if out_of_memory(error):
@@ -381,6 +396,7 @@ def start_run(args, micro_steps, start_step, data, raw_model, compiled, precisio
     is_compiled, device_name = compiled is not raw_model, name_of(ranks.device)
     shape = {name: getattr(raw_model.config, name) for name in recipe.SHAPE}  # --init_from changes it
     run.start(start_step, {**vars(args), **shape}, parameters=raw_model.num_params(),
+              flops_per_token=raw_model.flops_per_token(args.sequence_length),
               world_size=ranks.world_size, device=ranks.device, device_name=device_name, dtype=precision.name,
               compiled=is_compiled, data_manifest=data.identity["data"],
               data_source=shards.source_of(args.data_dir), tokenizer=data.identity["tokenizer"],
@@ -565,28 +581,9 @@ def train(args, at_exit):
         report.summary(progress, data)
 
 
-@contextlib.contextmanager
-def explain_errors(args):
-    """Turn what may go wrong around a run into one line with the remedy."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
-            raise UserError("out of memory: halve --micro_batch_size, which does not change the batches, or "
-                            "train a smaller model") from error
-        explanation = explain_lost_rank(error, args.timeout)
-        if explanation is None:
-            raise
-        sys.exit(f"error: {explanation}; continue with --resume")
-    except OSError as error:
-        if error.errno in UNUSABLE_PATH:
-            raise
-        sys.exit(f"error: {error}. All checkpoints so far are complete: fix this, then use --resume")
-
-
 def main(args):
     """Train, or with --eval_only evaluate: a run of no steps whose log directory is temporary."""
-    with unbreakable_output(), contextlib.ExitStack() as at_exit, explain_errors(args):
+    with unbreakable_output(), contextlib.ExitStack() as at_exit, explain_errors(args.timeout):
         if args.eval_only:
             source = args.init_from or str(checkpoint.resolve(args.log_dir))
             log_dir = at_exit.enter_context(tempfile.TemporaryDirectory())

@@ -2,11 +2,13 @@
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import os
 import platform
 import re
 import tempfile
+from pathlib import Path
 
 import torch
 
@@ -50,10 +52,13 @@ def type_of(device):
     return device.partition(":")[0]
 
 
+@functools.cache
 def name_of(device):
-    """What a person calls the device: the GPU's product name or the processor's architecture."""
+    """What a person calls the device: the product name of the GPU or the processor, if it is known."""
     if type_of(device) == "cuda":
         return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, TypeError):  # Linux
+        return re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)[1]
     return platform.processor() or platform.machine()
 
 

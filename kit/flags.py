@@ -25,12 +25,12 @@ def integer(least=-(2**63), most=2**63 - 1):
 
 
 def number(least=-math.inf, most=1e100):
-    """An argparse type: a number of at least `least` and less than `most`. Beyond 1e100, steps overflow."""
+    """An argparse type: a number from `least` to `most`. Beyond 1e100, steps overflow."""
 
     def parse(text):
         value = float(text)
-        if not least <= value < most:  # also for NaN
-            raise argparse.ArgumentTypeError(f"must be at least {least:g} and less than {most:g}, not {text}")
+        if not least <= value <= most:  # also for NaN
+            raise argparse.ArgumentTypeError(f"must be a number from {least:g} to {most:g}, not {text}")
         return value
 
     parse.__name__ = "float"

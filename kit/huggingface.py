@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import tokenizer
+from kit import llama, variants
 from kit.files import UserError, first_line, share_tensors, temporary_path
 from kit.published import HELLASWAG_EXAMPLES
 from kit.recipe import TRAINING
@@ -122,7 +123,7 @@ def read_gpt2(source):
         raise UserError(f"{source} is a {config.model_type}, not a GPT-2: run it with transformers")
     as_published = dict(
         activation_function=tuple(GELUS), layer_norm_epsilon=(1e-5,),
-        tie_word_embeddings=(True,), scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
+        scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
         add_cross_attention=(False,), n_inner=(None, 4 * config.n_embd),
     )
     for name, expected in as_published.items():
@@ -143,37 +144,56 @@ def read_gpt2(source):
     if extra:
         raise UserError(f"{source} has {extra[0]}, but n_layer={config.n_layer} in its config.json")
     # transformers ties the two, whatever the config says, only if the files hold one of them or equal ones
-    if not torch.equal(theirs.lm_head.weight, theirs.transformer.wte.weight):
-        raise UserError(f"{source}: lm_head.weight differs from transformer.wte.weight; in this GPT they are "
-                        "one matrix: run it with transformers")
+    shape["tie_embeddings"] = torch.equal(theirs.lm_head.weight, theirs.transformer.wte.weight)
     return shape, {name: convert(name, tensor) for name, tensor in theirs.state_dict().items()}
 
 
-def write_gpt2(model, directory, end_of_text=None, padding=None):
-    """Write a GPT as a directory for `GPT2LMHeadModel.from_pretrained`, its vocabulary without padding.
+def write(model, directory, end_of_text=None, padding=None):
+    """Write a GPT as a directory for `AutoModelForCausalLM.from_pretrained`, its vocabulary without padding.
 
-    That class always has biases: for a model without (bias=False) they are zeros. end_of_text, padding: ids
-    of the tokenizer; by default both are the last one, as in GPT-2's.
+    end_of_text, padding: ids of the tokenizer; by default both are the last one, as in GPT-2's. Raises
+    UserError if transformers has no class that computes what the model does.
+    """
+    check_exportable(model.config)
+    end_of_text = model.config.num_tokens - 1 if end_of_text is None else end_of_text
+    write_as = llama.write if llama.fits(model.config) else write_gpt2
+    write_as(model, directory, end_of_text, end_of_text if padding is None else padding)
+
+
+def check_exportable(config):
+    """Raise UserError if transformers has no class that computes what a GPT with this GPTConfig does."""
+    expressed = llama.EXPRESSED if llama.fits(config) else ("tie_embeddings",)
+    rest = [text for name, text in variants.beyond_gpt2(config).items() if name not in expressed]
+    if rest:
+        raise UserError(f"a model with {', '.join(rest)} can't be exported: transformers has no class "
+                        "for it; sample.py and hellaswag.py run it")
+
+
+def write_gpt2(model, directory, end_of_text, padding):
+    """Write a GPT without variants as a directory for `GPT2LMHeadModel.from_pretrained`; ids as in `write`.
+
+    That class always has biases: for a model without (bias=False) they are zeros.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
-    end_of_text = c.num_tokens - 1 if end_of_text is None else end_of_text
     theirs = GPT2LMHeadModel(GPT2Config(
         vocab_size=c.num_tokens, n_positions=c.block_size, n_ctx=c.block_size,  # n_ctx is for llama.cpp
         n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
         activation_function=next(name for name, gelu in GELUS.items() if gelu == c.gelu),
+        tie_word_embeddings=c.tie_embeddings,
         bos_token_id=end_of_text, eos_token_id=end_of_text,
     ))
     state = {name: torch.zeros_like(tensor) for name, tensor in theirs.state_dict().items()
              if name.endswith(".bias")}
     state |= {name: convert(name, tensor.detach().cpu()) for name, tensor in model.state_to_save().items()}
-    state["transformer.wte.weight"] = state["transformer.wte.weight"][: c.num_tokens]
-    state["lm_head.weight"] = state["transformer.wte.weight"]
+    state.setdefault("lm_head.weight", state["transformer.wte.weight"])
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        state[name] = state[name][: c.num_tokens]
     theirs.load_state_dict(state)
     # generate() would take <|endoftext|> too, with a warning
-    theirs.generation_config.pad_token_id = end_of_text if padding is None else padding
+    theirs.generation_config.pad_token_id = padding
     theirs.save_pretrained(directory)
 
 

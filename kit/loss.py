@@ -36,12 +36,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     twice. The backward pass scales the gradients in place, so it can run once only, and has no derivative.
     Targets of -100 and -1 do not count (`split_ignored`); if none counts, the loss is nan and its gradient 0.
 
-    head: the matmul x @ weight.T in fp32, of which columns may be -inf; the gradients below are those of
-    this function.
+    head: the matmul x @ weight.T in fp32, of which columns may be -inf. softcap: the cap by which head bends
+    its logits (`variants.softcap`), or 0. The gradients below are those of such a function.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, head):  # (N, C), (V, C), (N,) -> scalar
+    def forward(ctx, x, weight, targets, head, softcap=0.0):  # (N, C), (V, C), (N,) -> scalar
         device_type = x.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
         w = weight.to(dtype)
@@ -54,6 +54,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             for rows in row_slices(x, len(weight)):
                 x_slice = x[rows].where(keep[rows], 0).to(dtype)  # rows that do not count add 0 to dw
                 logits = head(x_slice, w)  # (n, V)
+                if softcap:  # the derivative of tanh; 0 where logits are -inf
+                    slope = (1 - (logits / softcap).square()).clamp_(min=0)
                 log_probs = torch.log_softmax(logits, dim=-1, out=logits)  # in place: it is large
                 correct = targets[rows].unsqueeze(-1)  # (n, 1)
                 at_correct = log_probs.gather(-1, correct)  # (n, 1)
@@ -63,6 +65,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 # 16-bit version keep no logits in fp32
                 dlogits = log_probs.exp_().to(dtype)
                 dlogits.scatter_(-1, correct, (at_correct.exp() - 1).to(dtype))
+                if softcap:
+                    dlogits *= slope
                 dx[rows] = (w.t() @ dlogits.t()).t()  # = dlogits @ w, which is slower on a CPU
                 if dtype == dw.dtype:
                     dw.addmm_(dlogits.t(), x_slice)  # needs no second matrix of this size
@@ -80,7 +84,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
         dx, dw, counts = ctx.saved_tensors
         scale = mean_of_counted(grad / len(dx), counts, at_least=1)
-        return dx.mul_(scale).to(ctx.x_dtype), dw.mul_(scale), None, None
+        return dx.mul_(scale).to(ctx.x_dtype), dw.mul_(scale), None, None, None
 
 
 def row_slices(x, vocab_size):

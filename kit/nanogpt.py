@@ -45,7 +45,8 @@ def read_gpt2(path):
         state = {WRAPPERS.sub("", name): tensor.to(torch.float32, copy=True)
                  for name, tensor in saved["model"].items() if not name.endswith(MASKS)}
         embedding = state["transformer.wte.weight"]
-        head, loss = state.pop("lm_head.weight", embedding), math.nan if loss is None else float(loss)
+        tied = torch.equal(state.get("lm_head.weight", embedding), embedding)
+        loss = math.nan if loss is None else float(loss)
     except Exception as error:  # torch raises many types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         if "weights_only" in str(error):  # torch's own message recommends to run the pickle
@@ -57,11 +58,9 @@ def read_gpt2(path):
         raise UserError(f"{path} has {shape['vocab_size']} token ids, GPT-2's tokenizer has 50257: it needs "
                         "a meta.pkl, a pickle, which is never opened here; encode the text again with "
                         "fineweb_edu.py, and train on that")
-    if not torch.equal(head, embedding):
-        raise UserError(f"{path}: lm_head.weight differs from transformer.wte.weight; in this GPT they are "
-                        "one matrix: run this model with the program that made it")
     measured = f", validation loss {loss:.4f}" if abs(loss) < 1e3 else ""  # nanoGPT begins with 1e9
     exact = ", whose GELU is exact" if gelu == "none" else ""
     print(f"{path}: weights of {program}{exact}, step {step}{measured}; the optimizer's state is not read",
           file=sys.stderr)
-    return {**shape, "bias": "transformer.ln_f.bias" in state, "gelu": gelu}, state
+    shape |= {"bias": "transformer.ln_f.bias" in state, "gelu": gelu, "tie_embeddings": tied}
+    return shape, state

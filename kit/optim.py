@@ -1,19 +1,136 @@
-"""The state of an optimizer as named tensors, for checkpoints."""
+"""The optimizers: AdamW for everything, or Muon for the matrices of the blocks; and their state in files.
+
+An optimizer here may be several torch optimizers that step together (`Together`). Its parameters are counted
+over all of them, which names their state tensors in a checkpoint.
+"""
+
+from collections import defaultdict
 
 import torch
 
+from kit.variants import GATED
+
+
+def make(model, weight_decay, learning_rate, device_type, optimizer="adamw", betas=(0.9, 0.95),
+         muon_scale=0.2, muon_momentum=0.95, share=None):
+    """The optimizer of a GPT: "adamw" or "muon". Settings with muon in their name concern Muon alone.
+
+    share: a function (f, x) -> f(x), for x of many independent matrices, that may spread the work over ranks.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {}  # a weight and how many matrices it consists of
+    if optimizer == "muon":
+        stacked = {"c_attn.weight": 3, "c_fc.weight": 2 if model.config.mlp in GATED else 1}
+        matrices = {params.pop(name): stacked.get(".".join(name.split(".")[-2:]), 1) for name, p in
+                    list(params.items()) if name.startswith("transformer.h.") and p.dim() == 2}
+    groups = [
+        {"params": [p for p in params.values() if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # one kernel for the whole update, on devices that have it
+    fused = device_type.partition(":")[0] in ("cuda", "mps", "cpu")
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+    if optimizer == "adamw":
+        return adamw
+    return Together(adamw, Muon(matrices, learning_rate, weight_decay, muon_momentum, muon_scale, share))
+
+
+class Together:
+    """Several optimizers as one."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum whose update of each matrix is replaced by the nearest orthogonal matrix.
+
+    Of Keller Jordan (https://kellerjordan.github.io/posts/muon). Updates are scaled to a root mean square of
+    `scale`, about that of AdamW's, so both take the same learning rate (https://arxiv.org/abs/2502.16982).
+
+    matrices: {weight: number of equal matrices stacked along its rows}, for example 3 for queries, keys and
+    values, each of which is orthogonalized by itself. share: as in `make`.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, momentum, scale, share=None):
+        settings = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, scale=scale)
+        super().__init__(list(matrices), settings)
+        self.matrices, self.share = matrices, share or (lambda function, x: function(x))
+
+    @torch.no_grad()
+    def step(self):
+        group, = self.param_groups
+        batches = defaultdict(list)  # for each shape: (part of a weight, its update), wider than high
+        for weight, count in self.matrices.items():
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+            momentum = self.state[weight]["momentum"]
+            momentum.lerp_(weight.grad, 1 - group["momentum"])
+            update = weight.grad.lerp(momentum, group["momentum"])
+            for part, matrix in zip(weight.chunk(count), update.chunk(count)):
+                high = matrix.size(0) > matrix.size(1)
+                part, matrix = (part.mT, matrix.mT) if high else (part, matrix)
+                batches[matrix.shape].append((part, matrix))
+        for shape, batch in batches.items():
+            parts, updates = zip(*batch)
+            updates = self.share(orthogonalize, torch.stack(updates))
+            step_size = group["lr"] * group["scale"] * max(shape) ** 0.5  # an orthogonal row has length 1
+            for part, update in zip(parts, updates):
+                part.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=step_size)
+
+
+def orthogonalize(x, steps=5):
+    """An approximation of U V^T, where U S V^T is the SVD, of each matrix of x (N, rows, columns).
+
+    rows <= columns. Five Newton-Schulz steps, with coefficients of Keller Jordan that bring all singular
+    values near 1 quickly, but not exactly. In bf16 on GPUs, where it is precise enough and faster.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    y = x.bfloat16() if x.is_cuda else x
+    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)  # all singular values are now at most 1
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.to(x.dtype)
+
+
+def parts(optimizer):
+    """The torch optimizers that an optimizer consists of."""
+    return getattr(optimizer, "optimizers", (optimizer,))
+
 
 def state_tensors(optimizer):
-    """The state as {"index.key": tensor}. index counts the parameters over all groups."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": value for i, values in state.items() for key, value in values.items()}
+    """The state as {"index.key": tensor}. index counts the parameters over all groups and optimizers."""
+    tensors, first = {}, 0
+    for part in parts(optimizer):
+        state = part.state_dict()["state"]
+        tensors |= {f"{first + i}.{key}": tensor for i in state for key, tensor in state[i].items()}
+        first += sum(len(group["params"]) for group in part.param_groups)
+    return tensors
 
 
 def expected_state(optimizer):
-    """Shape and dtype of each of `state_tensors` after a step, {"index.key": (shape, dtype)}, for AdamW."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return {f"{i}.{key}": (shape, torch.float32) for i, p in enumerate(params)
-            for key, shape in (("step", torch.Size()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape))}
+    """Shape and dtype of each of `state_tensors` after a step: {"index.key": (shape, dtype)}."""
+    expected, index = {}, 0
+    for part in parts(optimizer):
+        keys = ("momentum",) if isinstance(part, Muon) else ("step", "exp_avg", "exp_avg_sq")
+        for p in (p for group in part.param_groups for p in group["params"]):
+            expected |= {f"{index}.{key}": (torch.Size() if key == "step" else p.shape, torch.float32)
+                         for key in keys}
+            index += 1
+    return expected
 
 
 def load_state(optimizer, tensors):
@@ -24,8 +141,13 @@ def load_state(optimizer, tensors):
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     if found and found != expected_state(optimizer):  # empty: saved before the first step
         raise ValueError("the optimizer's tensors do not fit the model")
-    state = {}
+    state = defaultdict(dict)
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state[int(index)][key] = tensor
+    first = 0
+    for part in parts(optimizer):
+        count = sum(len(group["params"]) for group in part.param_groups)
+        part.load_state_dict({"param_groups": part.state_dict()["param_groups"],
+                              "state": {i: state[first + i] for i in range(count) if first + i in state}})
+        first += count

@@ -79,6 +79,9 @@ def pack(model, int8=False):
         if isinstance(module, nn.LayerNorm):
             return partial(torch.layer_norm, normalized_shape=module.normalized_shape, weight=module.weight,
                            bias=module.bias, eps=module.eps)
+        if isinstance(module, nn.RMSNorm):
+            return partial(torch.rms_norm, normalized_shape=module.normalized_shape, weight=module.weight,
+                           eps=module.eps)
         if isinstance(module, nn.Dropout):
             return lambda x: x
         if isinstance(module, nn.ModuleList):

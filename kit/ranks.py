@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import math
 import os
 import re
 import signal
@@ -115,6 +116,18 @@ class Ranks:
             dist.all_reduce(tensor)
             tensor /= self.world_size
         return tensor
+
+    def share(self, function, items):
+        """function(items), for a tensor (N, ...) of independent items: each rank computes a part of them."""
+        if not self.distributed:
+            return function(items)
+        each = math.ceil(len(items) / self.world_size)
+        results = items.new_zeros(self.world_size, each, *items.shape[1:])
+        mine = items[self.rank * each : (self.rank + 1) * each]
+        if len(mine):  # there may be fewer items than ranks
+            results[self.rank, : len(mine)] = function(mine)
+        dist.all_gather(list(results), results[self.rank].clone())
+        return results.flatten(0, 1)[: len(items)]
 
     def barrier(self):
         """Wait for all ranks, however long they take. One that dies is noticed."""

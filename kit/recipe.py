@@ -7,6 +7,7 @@ find unchanged), --allow_change, the recipe by which reference runs are matched,
 import argparse
 from dataclasses import dataclass
 
+from kit import variants
 from kit.files import UserError
 from kit.flags import integer, number
 
@@ -18,8 +19,10 @@ class Setting:
     name: str
     default: object
     help: str
-    section: str  # "batch", "optimizer", "model" or "validation"
-    least: float | None = None  # the smallest value allowed
+    section: str  # "batch", "optimizer", "model", "variants" or "validation"
+    least: float | None = None  # the smallest value allowed, and the largest
+    most: float | None = None
+    choices: tuple | None = None
     changeable: bool = False  # --allow_change lets a resumed run change it
     recipe: bool = True  # a reference run must have the same value
 
@@ -27,13 +30,26 @@ class Setting:
 SETTINGS = (
     Setting("total_batch_size", 524288, "tokens per optimizer step, over all ranks", "batch", 1),
     Setting("sequence_length", 1024, "tokens per sequence", "batch", 1),
-    Setting("max_steps", 19073, "optimizer steps; the default reads 10B tokens", "optimizer", 1, True),
-    Setting("max_lr", 6e-4, "learning rate after the warm-up", "optimizer", 0, True),
-    Setting("min_lr", 6e-5, "learning rate at the end of the cosine", "optimizer", 0, True),
+    Setting("max_steps", 19073, "optimizer steps; the default reads 10B tokens", "optimizer", 1,
+            changeable=True),
+    Setting("max_lr", 6e-4, "learning rate after the warm-up", "optimizer", 0, changeable=True),
+    Setting("min_lr", 6e-5, "learning rate at the end", "optimizer", 0, changeable=True),
     Setting("warmup_steps", 715, "steps of linear warm-up; the default is GPT-3's 375M tokens", "optimizer",
-            0, True),
-    Setting("weight_decay", 0.1, "for matrices and embeddings", "optimizer", 0, True),
-    Setting("grad_clip", 1.0, "largest gradient norm; 0 disables clipping", "optimizer", 0, True),
+            0, changeable=True),
+    Setting("schedule", "cosine", "from max_lr to min_lr by a cosine, or wsd: constant, then linearly down",
+            "optimizer", changeable=True, choices=("cosine", "wsd")),
+    Setting("decay_fraction", 0.4, "part of the steps, the last ones, over which wsd decays", "optimizer",
+            0.001, 1, changeable=True),
+    Setting("optimizer", "adamw", "adamw, or muon: Muon for the blocks' matrices, AdamW for the rest",
+            "optimizer", choices=("adamw", "muon")),
+    Setting("beta1", 0.9, "AdamW's decay of the mean gradient", "optimizer", 0, 0.99999, changeable=True),
+    Setting("beta2", 0.95, "AdamW's decay of the mean squared gradient", "optimizer", 0, 0.99999,
+            changeable=True),
+    Setting("muon_momentum", 0.95, "Muon's momentum", "optimizer", 0, 0.99999, changeable=True),
+    Setting("muon_scale", 0.2, "size of Muon's updates, as a multiple of the learning rate", "optimizer", 0,
+            changeable=True),
+    Setting("weight_decay", 0.1, "for matrices and embeddings", "optimizer", 0, changeable=True),
+    Setting("grad_clip", 1.0, "largest gradient norm; 0 disables clipping", "optimizer", 0, changeable=True),
     Setting("dropout", 0.0, "probability of dropping an activation", "optimizer"),
     Setting("seed", 1337, "random seed for weights, data order, dropout and samples", "optimizer", 0,
             recipe=False),
@@ -45,13 +61,26 @@ SETTINGS = (
     Setting("block_size", None, "longest context of the model (default: --sequence_length)", "model",
             recipe=False),
     Setting("bias", True, "biases in linear layers and LayerNorms", "model"),
-    Setting("val_tokens", 10485760, "tokens of the val split that the validation loss reads, from its start",
-            "validation", 1, recipe=False),
+    Setting("mlp", "gelu", "activation of the MLP", "variants", choices=variants.CHOICES["mlp"]),
+    Setting("norm", "layernorm", "norm of the residual stream", "variants", choices=variants.CHOICES["norm"]),
+    Setting("position", "learned", "positions: learned vectors, or rope (rotary)", "variants",
+            choices=variants.CHOICES["position"]),
+    Setting("qk_norm", False, "normalize queries and keys", "variants"),
+    Setting("tie_embeddings", True, "one matrix embeds and predicts the tokens", "variants"),
+    Setting("logit_softcap", 0.0, "bend logits so that they stay below this; 0 disables it", "variants", 0),
+    Setting("value_residual", False, "mix the first layer's values into those of each layer", "variants"),
+    Setting("embedding_norm", False, "normalize the embedded tokens", "variants"),
+    Setting("x0_shortcut", False, "mix the embedded tokens into the input of each block", "variants"),
+    Setting("zero_init", False, "blocks, and an untied head, begin with an output of 0", "variants"),
+    Setting("val_tokens", 10485760, "tokens of the val split that the validation loss reads", "validation", 1,
+            recipe=False),
+    Setting("val_start", 0, "tokens at the start of the val split that it skips", "validation", 0,
+            recipe=False),
 )
 
 IDENTITY = tuple(setting.name for setting in SETTINGS)
 CHANGEABLE = tuple(setting.name for setting in SETTINGS if setting.changeable)
-SHAPE = tuple(setting.name for setting in SETTINGS if setting.section == "model")  # dropout is no part of it
+SHAPE = tuple(setting.name for setting in SETTINGS if setting.section in ("model", "variants"))  # no dropout
 RECIPE = ("init_from", *(setting.name for setting in SETTINGS if setting.recipe))
 TRAINING = tuple(setting.name for setting in SETTINGS if setting.section in ("batch", "optimizer"))
 
@@ -61,17 +90,21 @@ def identity_of(flags):
     return {setting.name: flags.get(setting.name, setting.default) for setting in SETTINGS}
 
 
-def add_flags(parser, *sections):
-    """Add the flags of the table to a parser, a group for each section."""
-    for section in sections:
+def add_flags(parser, **defaults):
+    """Add the flags of the table to a parser, a group for each section. default: instead of their own."""
+    for section in dict.fromkeys(setting.section for setting in SETTINGS):
         group = parser.add_argument_group(section)
         for setting in (setting for setting in SETTINGS if setting.section == section):
             if isinstance(setting.default, bool):
                 kind = dict(action=argparse.BooleanOptionalAction)
+            elif setting.choices:
+                kind = dict(choices=setting.choices)
             else:
+                limits = dict(least=setting.least, most=setting.most)
                 make_type = number if isinstance(setting.default, float) else integer
-                kind = dict(type=make_type() if setting.least is None else make_type(setting.least))
-            group.add_argument(f"--{setting.name}", default=setting.default, help=setting.help, **kind)
+                kind = dict(type=make_type(**{name: x for name, x in limits.items() if x is not None}))
+            kind = dict(default=setting.default, help=setting.help) | kind | defaults
+            group.add_argument(f"--{setting.name}", **kind)
 
 
 def check_identity(before, now, allowed, log_dir):

@@ -2,12 +2,14 @@
 
 log.txt has one line `step stream value` per number. The streams are train, val (nats per token), val_bpb
 (bits per byte), hella (acc_norm), lr, norm, tok/s and skipped. run.json has the flags and facts of the latest
-start at its top level, and those of all starts under "starts".
+start at its top level, and those of all starts under "starts". source_DIGEST.zip has the program itself.
 """
 
 import contextlib
+import hashlib
 import json
 import secrets
+import zipfile
 from pathlib import Path
 
 from kit.files import UserError, atomic_write, name_in_errors
@@ -84,6 +86,21 @@ def read_record(log_dir):
         return {"flags": {}, "data_source": {}, "starts": []}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}); remove it, training does not need it") from error
+
+
+def save_source(log_dir):
+    """Store this program's own files as log_dir/source_DIGEST.zip, unless it is there; return the digest."""
+    root = Path(__file__).parent.parent
+    paths = sorted(path for pattern in ("*.py", "kit/*.py", "configs/*.txt") for path in root.glob(pattern))
+    names = [str(path.relative_to(root)) for path in paths]
+    contents = [path.read_bytes() for path in paths]
+    digest = hashlib.sha256(repr(list(zip(names, contents))).encode()).hexdigest()[:8]
+    archive = Path(log_dir) / f"source_{digest}.zip"
+    if not archive.exists():
+        with atomic_write(archive, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as zipped:
+            for name, content in zip(names, contents):
+                zipped.writestr(name, content)
+    return digest
 
 
 def is_run(log_dir):

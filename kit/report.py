@@ -1,4 +1,4 @@
-"""What training logs and prints: steps, evaluations, and a summary at the end."""
+"""What training logs and prints: steps, evaluations, a summary at the end, and errors."""
 
 import contextlib
 import math
@@ -8,7 +8,9 @@ import threading
 
 from tqdm import tqdm
 
-from kit.device import name_of
+from kit.device import name_of, out_of_memory
+from kit.files import UNUSABLE_PATH, UserError
+from kit.ranks import explain_lost_rank
 
 
 class Report:
@@ -55,7 +57,6 @@ class Report:
         """Report a result of `hellaswag.evaluate`."""
         self.run.log(step, hella=result["acc_norm"])
         self.ranks.say(f"{name}: HellaSwag acc_norm {result['acc_norm']:.4f} on {result['n']} examples")
-
 
     def summary(self, progress, data):
         """Say how the run ended, where its results are, and which commands go on from there.
@@ -115,3 +116,22 @@ def duration(seconds):
         return f"{seconds:.0f}s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m"
+
+
+@contextlib.contextmanager
+def explain_errors(timeout):
+    """Turn what may go wrong around a run into one line with the remedy. timeout: --timeout, in seconds."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            raise UserError("out of memory: halve --micro_batch_size, which does not change the batches, or "
+                            "train a smaller model") from error
+        explanation = explain_lost_rank(error, timeout)
+        if explanation is None:
+            raise
+        sys.exit(f"error: {explanation}; continue with --resume")
+    except OSError as error:
+        if error.errno in UNUSABLE_PATH:
+            raise
+        sys.exit(f"error: {error}. All checkpoints so far are complete: fix this, then use --resume")

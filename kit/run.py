@@ -1,6 +1,7 @@
 """The log directory of a training run: who may write it, its log, tracker, curves and reference check."""
 
 import contextlib
+import os
 import platform
 import subprocess
 import time
@@ -13,7 +14,7 @@ from kit.files import UserError, locked, sync
 from kit.ranks import restarted_by_torchrun, torchrun_id
 
 # what a run writes into its log directory and may replace
-FILES = ("log.txt", "run.json", "curves.png", "best", "ckpt_*", "tensorboard")
+FILES = ("log.txt", "run.json", "source_*.zip", "curves.png", "best", "ckpt_*", "tensorboard")
 REFERENCE_STEPS = (250, 1000, 5000)  # the val loss is compared with reference runs after these steps
 
 
@@ -60,7 +61,8 @@ class Run(contextlib.ExitStack):
         facts = dict(step=step, **facts)
         run_id = record.record_start(
             self.log_dir, self.resuming, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), flags=flags, **facts,
-            git_commit=git_commit(), torch=torch.__version__, python=platform.python_version(),
+            git_commit=git_commit(), source=record.save_source(self.log_dir), torch=torch.__version__,
+            python=platform.python_version(), cores=os.cpu_count(), threads=torch.get_num_threads(),
             torchrun=torchrun_id())
         if self.track:
             self.tracker = self.enter_context(tracking.Tracker(

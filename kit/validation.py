@@ -9,14 +9,17 @@ from kit.device import to_device
 
 
 class Validation:
-    """The mean loss on the first windows of the val split."""
+    """The mean loss on some windows of the val split."""
 
     def __init__(self, loader, windows, precision, ranks, tokenizer=None):
-        """loader: a DataLoaderLite of the val split. tokenizer: a tiktoken.Encoding, if it is known."""
+        """loader: a DataLoaderLite of the val split. windows: a range of its windows.
+
+        tokenizer: a tiktoken.Encoding, if it is known.
+        """
         self.loader, self.windows, self.precision, self.ranks = loader, windows, precision, ranks
         self.bytes_per_token = None
         if tokenizer:  # a loss per byte of text can be compared between tokenizers
-            targets = np.concatenate([loader.window(n)[1:] for n in range(windows)])
+            targets = np.concatenate([loader.window(n)[1:] for n in windows])
             ids, counts = np.unique(targets[targets != tokenizer.eot_token], return_counts=True)
             sizes = [len(tokenizer.decode_single_token_bytes(i)) for i in ids.tolist()]
             self.bytes_per_token = (counts * sizes).sum() / len(targets)
@@ -39,14 +42,14 @@ class Validation:
         """
         B, rank, world_size = self.loader.B, self.ranks.rank, self.ranks.world_size
         losses = [torch.zeros((), device=self.ranks.device)]
-        for first in range(rank * B, self.windows + rank * B, B * world_size):
+        for first in range(0, len(self.windows), B * world_size):
             before_batch()
-            count = min(B, self.windows - first)
-            if count > 0:
-                model = compiled if count == B else raw_model
-                losses.append(self.batch_loss(model, self.loader.batch(first, count)) * count)
+            mine = self.windows[first + rank * B : first + rank * B + B]
+            if mine:
+                model = compiled if len(mine) == B else raw_model
+                losses.append(self.batch_loss(model, self.loader.batch(mine[0], len(mine))) * len(mine))
         total = torch.stack(losses).cpu().double().sum()
-        return self.ranks.sum(total).item() / self.windows
+        return self.ranks.sum(total).item() / len(self.windows)
 
     def bits_per_byte(self, loss):
         """A loss in nats per token as bits per byte of text; None without a tokenizer."""

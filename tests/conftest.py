@@ -5,6 +5,7 @@ one with GPT-2's vocabulary. Tests that need them are skipped without them.
 """
 
 import os
+import signal
 from pathlib import Path
 
 import faulty
@@ -17,6 +18,12 @@ from fineweb_edu import prepare
 from kit.files import UserError
 from tokenizer import get_tokenizer
 from tokenizer import train as train_tokenizer
+
+
+def pytest_configure():
+    """Under nohup SIGHUP is ignored, and the runs that tests start would inherit that."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_make_parametrize_id(val):

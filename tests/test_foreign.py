@@ -246,7 +246,7 @@ def test_an_export_has_the_files_that_other_programs_read(tmp_path, small_run):
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 @pytest.mark.parametrize("equal", [True, False])
-def test_a_head_stored_beside_another_embedding_is_refused(tmp_path, format, equal):
+def test_a_head_stored_beside_the_embedding_is_tied_only_if_both_are_equal(tmp_path, format, equal):
     theirs = write_model(tmp_path)
     state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     state["lm_head.weight"] += 0 if equal else 0.01
@@ -255,12 +255,12 @@ def test_a_head_stored_beside_another_embedding_is_refused(tmp_path, format, equ
         torch.save(state, tmp_path / "pytorch_model.bin")
     else:
         safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    if equal:
-        idx = torch.arange(20).view(1, 20)
-        assert (load_model(tmp_path)(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
-    else:
-        with pytest.raises(UserError, match="lm_head.weight differs from transformer.wte.weight"):
-            load_model(tmp_path)
+    model, idx = load_model(tmp_path), torch.arange(20).view(1, 20)
+    expected = theirs.transformer(idx).last_hidden_state @ state["lm_head.weight"].T
+    assert (model(idx)[0] - expected).abs().max() < 1e-4 and model.config.tie_embeddings == equal
+    model.save_pretrained(tmp_path / "again")
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "again").eval()
+    assert (again(idx).logits - expected).abs().max() < 1e-4
 
 
 def test_more_layers_than_the_config_has_are_refused(tmp_path):

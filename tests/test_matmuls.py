@@ -92,7 +92,10 @@ PRIVATE = [(torch.cpu, "_is_avx2_supported"), (torch.cpu, "_is_avx512_bf16_suppo
 @pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
 @pytest.mark.parametrize("owner, name", PRIVATE, ids=[name for _, name in PRIVATE])
 def test_a_torch_without_a_private_name_gives_the_same_results(monkeypatch, owner, name, int8):
-    """A later version may lack it. That may cost speed, but not results or an error."""
+    """A later version may lack it. That may cost speed, but not results or an error.
+
+    Without VNNI's name, int8 inputs have 7 bits, as on processors without VNNI: twice the rounding.
+    """
     idx = torch.randint(500, (2, 12))
 
     def error_of_packed():
@@ -108,7 +111,8 @@ def test_a_torch_without_a_private_name_gives_the_same_results(monkeypatch, owne
         else:
             monkeypatch.delattr(owner, name)
         tune("cpu", training=True)
-        assert error_of_packed() < max(1.2 * usual, 1e-5) and usual < (0.2 if int8 else 1e-5)
+        factor = 2.4 if name == "_is_vnni_supported" else 1.2
+        assert error_of_packed() < max(factor * usual, 1e-5) and usual < (0.2 if int8 else 1e-5)
 
 
 def test_without_inductors_private_settings_the_model_still_compiles(monkeypatch):

@@ -1,0 +1,393 @@
+"""Compare recipes: train each on the same data in the same order, with several seeds, and report.
+
+    python compare.py configs/demo.txt "configs/demo.txt --norm rmsnorm"           # one change, one seed
+    python compare.py BASE.txt VARIANT.txt --seeds 3 --sweep max_lr=3e-3,6e-3      # each at its best rate
+    python compare.py --scaling 2x64 3x96 4x128 6x192 BASE.txt                     # loss against size
+    python compare.py --speedrun NEW.txt OLD.txt --seeds 3                         # docs/speedrun.md
+
+An arm is a config file, or a config and flags of train_gpt2.py in quotes. The first arm is the baseline. Each
+run has its own directory in --out; the same command continues where it was stopped. The result is a table,
+report.md, and a picture, curves.png.
+
+With --sweep, each arm first trains with every value and one seed. The best value is chosen by the first half
+of the val split; the runs that are reported are validated on the second half.
+"""
+
+import argparse
+import math
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+
+from kit import recipe
+from kit.flags import Parser, from_command_line, integer, number
+
+FIRST_SEED = 1337
+SPEEDRUN_TARGET = 1.83  # bits per byte of the demo's val split: docs/speedrun.md
+
+
+def parse_args(argv=None):
+    parser = Parser(description="Compare recipes on the same data.",
+                    usage="python compare.py ARM ARM ... [--seeds N] [--sweep FLAG=VALUE,...] [--flag value]",
+                    epilog="The flags in groups are given to all arms. Other flags of train_gpt2.py can be "
+                           "part of an arm.")
+    add = parser.add_argument
+    add("arms", nargs="+", metavar="ARM",
+        help="a config, or a config and flags in quotes; the first is the baseline")
+    add("--seeds", type=integer(1), default=1, metavar="N", help="runs of each arm, each with another seed")
+    add("--sweep", action="append", default=[], metavar="FLAG=VALUE,...",
+        help="values to choose from, for each arm; given twice: all pairs")
+    add("--scaling", nargs="+", metavar="LAYERSxWIDTH", type=size_of, default=[],
+        help="train one arm in four sizes or more, and predict the loss of the largest from the others")
+    add("--tokens_per_parameter", type=number(0.01), default=20.0,
+        help="of --scaling, by the parameters of the blocks")
+    add("--speedrun", action="store_true", help="compare the time of whole commands: docs/speedrun.md")
+    add("--out", default="log_compare", metavar="DIR", help="directory of the runs and the report")
+    add("--nproc", type=integer(1), default=1, metavar="N", help="ranks of each run, started by torchrun")
+    own = {action.dest for action in parser._actions}
+    add = parser.add_argument_group("run").add_argument
+    for flag in ("--data_dir", "--device", "--dtype", "--micro_batch_size", "--val_every"):
+        add(flag, default=argparse.SUPPRESS, help="as in train_gpt2.py")
+    add("--compile", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="as in train_gpt2.py")
+    recipe.add_flags(parser, default=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.common = as_flags({name: value for name, value in vars(args).items() if name not in own})
+    sweeps = [sweep.partition("=")[::2] for sweep in args.sweep]
+    for name, values in sweeps:
+        if name not in recipe.IDENTITY or not values:
+            parser.error(f"argument --sweep: {name}={values} must be a flag of a recipe and its values, as "
+                         "in max_lr=1e-3,3e-3")
+    args.grid = [dict(zip((name for name, _ in sweeps), chosen))
+                 for chosen in product(*(values.split(",") for _, values in sweeps))]
+    if args.speedrun and (len(args.arms) != 2 or sweeps):
+        parser.error("argument --speedrun: it compares two arms, a new one and an old one, without --sweep")
+    if args.scaling and (len(args.arms) != 1 or sweeps or len(args.scaling) < 4):
+        parser.error("argument --scaling: it needs one arm and four sizes or more, without --sweep")
+    if len(args.arms) < 2 and not args.scaling:
+        parser.error("a comparison needs two arms or more, the baseline first")
+    return args
+
+
+def size_of(text):
+    """LAYERSxWIDTH as two ints."""
+    layers, width = map(int, text.split("x"))
+    return layers, width
+
+
+def as_flags(values):
+    """{name: value} as words of a command line."""
+    words = []
+    for name, value in values.items():
+        switch = [f"--{name}" if value else f"--no-{name}"]
+        words += switch if isinstance(value, bool) else [f"--{name}", str(value)]
+    return words
+
+
+if __name__ == "__main__":
+    args = from_command_line(parse_args)
+
+import numpy as np
+import torch
+
+import fineweb_edu
+import train_gpt2
+from kit import curves
+from kit.experiments import PowerLaw, Result, as_text, interval
+from kit.files import UserError, atomic_write, count, run_script
+from kit.shards import open_shards
+from model import GPT
+
+
+@dataclass
+class Arm:
+    """One of the recipes that are compared."""
+
+    text: str  # as the user wrote it
+    words: list  # of its command line
+    settings: dict = field(default_factory=dict)  # chosen by a sweep
+    results: list = field(default_factory=list)  # of its runs, by seed
+
+    @property
+    def name(self):
+        """For the report and for directories: the config's name, and the flags after it."""
+        config, *flags = shlex.split(self.text)
+        return " ".join([Path(config).stem.lstrip("@"), *flags])
+
+
+def open_arm(text, args):
+    """The Arm that a word of the command line describes. Exits if its config or a flag does not exist."""
+    config, *flags = shlex.split(text)
+    words = [config if config.startswith("@") else f"@{config}", *flags, *args.common]
+    train_gpt2.parse_args(words)
+    return Arm(text, words)
+
+
+def check_same(arms):
+    """Raise UserError unless the arms read the same data and are validated on the same text."""
+    first, *others = (train_gpt2.parse_args(arm.words) for arm in arms)
+    for arm, other in zip(arms[1:], others):
+        for name in ("data_dir", "sequence_length", "val_tokens", "val_start"):
+            if getattr(first, name) != getattr(other, name):
+                raise UserError(f"{arm.name} has --{name} {getattr(other, name)}, {arms[0].name} has "
+                                f"{getattr(first, name)}: give all arms the same, to compare their losses")
+
+
+def directory(arm, args, flags):
+    """The log directory of a run of an arm with further flags."""
+    name = re.sub(r"[^\w.=,+-]+", "_", arm.name)
+    return Path(args.out, name, ",".join(f"{flag}={value}" for flag, value in flags.items()))
+
+
+def train(words, log_dir, args):
+    """Run train_gpt2.py with these words; what it prints goes into a file. Raises UserError if it fails."""
+    log_dir.parent.mkdir(parents=True, exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
+    command = [sys.executable, *(launcher if args.nproc > 1 else []), train_gpt2.__file__, *words,
+               "--log_dir", str(log_dir), "--hellaswag_every", "0", "--sample_every", "0", "--no-plot"]
+    output = log_dir.with_name(log_dir.name + ".txt")
+    with open(output, "a", encoding="utf-8") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if status:
+        last = output.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise UserError(f"{log_dir} ended with status {status}: {''.join(last)} (all of it: {output})")
+
+
+def run(arm, args, **flags):
+    """The Result of one run with further flags, which is trained unless it is finished. Raises UserError."""
+    log_dir, words = directory(arm, args, flags), [*arm.words, *as_flags(flags)]
+    result = Result(log_dir)
+    if result.record["starts"]:
+        recorded = recipe.identity_of(result.record["flags"])
+        for name, value in recipe.identity_of(vars(train_gpt2.parse_args(words))).items():
+            if value not in (None, recorded[name]):
+                raise UserError(f"{log_dir} contains a run with --{name} {recorded[name]}, not {value}: name "
+                                "another --out")
+    started = time.perf_counter()
+    if not result.finished:
+        train([*words, "--resume"], log_dir, args)
+        result = Result(log_dir)
+        seconds = time.perf_counter() - started
+        print(f"{log_dir}: validation loss {result.final:.4f}, {seconds:.0f} s", flush=True)
+    return result
+
+
+def choose(arm, args, half):
+    """Set the arm's settings to those of the grid that reach the lowest loss, on the first half of val.
+
+    Returns the lines of the report about it.
+    """
+    losses = {}
+    for settings in args.grid:
+        try:
+            result = run(arm, args, **settings, seed=FIRST_SEED, val_tokens=half)
+            losses[tuple(settings.items())] = result.final
+        except UserError as error:  # it may have diverged, which is a result too
+            if "not finite" not in str(error):
+                raise
+            losses[tuple(settings.items())] = np.inf
+    best = min(losses, key=losses.get)
+    arm.settings = dict(best)
+    lines = [f"| {arm.name} | {' '.join(as_flags(dict(tried)))} | {loss:.4f}{' (chosen)' * (tried == best)} |"
+             for tried, loss in losses.items()]
+    for name, value in best:
+        values = sorted({dict(tried)[name] for tried in losses}, key=float)
+        if value in (values[0], values[-1]) and len(values) > 1:
+            lines.append(f"| {arm.name} | | the best {name} is at the edge of the sweep: widen it |")
+    return lines
+
+
+def report(arms):
+    """The comparison of finished arms: a Markdown table and sentences, as lines."""
+    base = arms[0]
+    lines = [
+        "| arm | parameters | FLOPs per token | steps | final loss | tokens to the baseline's loss | "
+        "time to it | time per step |", "|---|---|---|---|---|---|---|---|"]
+    notes = []
+    for arm in arms:
+        record, finals = arm.results[0].record, [result.final for result in arm.results]
+        tokens, times = [], []
+        for result, reference in zip(arm.results, base.results):
+            needed = result.tokens_to(reference.final)
+            if needed is not None:
+                tokens.append(needed / reference.tokens)
+                times.append(tokens[-1] * result.seconds_per_token / reference.seconds_per_token)
+        step = np.median([result.seconds_per_token * result.tokens_per_step for result in arm.results])
+        reached = len(tokens) == len(arm.results)
+        lines.append(
+            f"| {arm.name} {' '.join(as_flags(arm.settings))} | {record['parameters']:,} | "
+            f"{record['flops_per_token'] / 1e6:.2f}M | {record['flags']['max_steps']:,} | "
+            f"{as_text(finals, 4)} | "
+            + (f"{as_text(tokens, 2)} | {as_text(times, 2)}" if reached else "not reached | ")
+            + f" | {1000 * step:.0f} ms |")
+        if arm is not base:
+            pairs = zip(arm.results, base.results)  # a seed has the same order of batches in both
+            mean, half = interval([result.final - other.final for result, other in pairs])
+            verdict = ("one seed: the noise between seeds is not known" if half == np.inf else
+                       f"95% interval {mean - half:+.4f} to {mean + half:+.4f}"
+                       + (": within the noise of the seeds" if abs(mean) < half else ""))
+            notes.append(f"{arm.name}: final loss {mean:+.4f} against {base.name}, {verdict}.")
+    return [*lines, "", "Losses: nats per token. Tokens and time: fractions of the baseline's run. "
+            f"In brackets: 95% intervals over {count(len(base.results), 'seed')}.", "", *notes]
+
+
+def draw(arms, path):
+    """Draw the validation loss of all arms over tokens: each seed thin, their mean thick."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(curves.STYLE):
+        figure = Figure((7, 4), dpi=curves.DPI, layout="constrained")
+        axes = figure.add_subplot()
+        for arm, color in zip(arms, curves.COLORS):
+            lines = [result.curves["val"] for result in arm.results]
+            steps = np.array(lines[0][0][1:])  # without the loss before training
+            tokens = steps * arm.results[0].tokens_per_step
+            losses = np.array([values[1:] for _, values in lines])
+            axes.plot(tokens, losses.T, color=color, linewidth=0.6, alpha=0.5)
+            axes.plot(tokens, losses.mean(0), color=color, linewidth=2,
+                      label=f"{arm.name} {' '.join(as_flags(arm.settings))}".strip())
+        target = np.mean([result.final for result in arms[0].results])
+        axes.axhline(target, color=curves.GREY, linewidth=1, linestyle=(0, (5, 3)))
+        lowest = min(min(result.curves["val"][1]) for arm in arms for result in arm.results)
+        axes.set(xlabel="training tokens", ylabel="validation loss, nats per token",
+                 ylim=(lowest - 0.05, 1.25 * target))
+        axes.xaxis.set_major_formatter(lambda tokens, _: curves.short(tokens))
+        axes.legend(loc="upper right", frameon=False)
+        with atomic_write(path, "wb") as file:
+            figure.savefig(file, format="png", metadata={"Date": None})
+
+
+def halve_val(arm):
+    """Half of the tokens of the val split that the arm reads. Makes the demo's data, if the arm wants it."""
+    flags = train_gpt2.parse_args(arm.words)
+    if flags.demo_data:
+        fineweb_edu.prepare_demo(flags.data_dir)
+    length = sum(len(tokens) for _, tokens in open_shards(flags.data_dir, "val"))
+    return min(length, flags.val_tokens) // 2
+
+
+def speedrun(arms, args):
+    """Time both arms' commands in turn, from start to end, and compare them: lines of a report.
+
+    Each must reach SPEEDRUN_TARGET. Raises UserError if a run exists already: a resumed one can't be timed.
+    """
+    for arm in arms:
+        halve_val(arm)  # makes the data: that is not part of the time
+    seconds, losses = ([[] for _ in arms] for _ in range(2))
+    for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+        for i, arm in enumerate(arms):
+            log_dir = directory(arm, args, dict(seed=seed))
+            if log_dir.exists():
+                raise UserError(f"{log_dir} exists: a speedrun starts anew, name another --out")
+            started = time.perf_counter()
+            train([*arm.words, "--seed", str(seed)], log_dir, args)
+            seconds[i].append(time.perf_counter() - started)
+            losses[i].append(Result(log_dir).curves["val_bpb"][1][-1])
+            print(f"{log_dir}: {losses[i][-1]:.4f} bits per byte in {seconds[i][-1]:.1f} s", flush=True)
+    lines = ["| arm | bits per byte | seconds | time |", "|---|---|---|---|"]
+    for arm, each, loss in zip(arms, seconds, losses):
+        verdict = "" if np.mean(loss) <= SPEEDRUN_TARGET else ", above the target"
+        ratios = as_text([one / other for one, other in zip(each, seconds[1])], 3)
+        lines.append(f"| {arm.name} | {as_text(loss, 4)}{verdict} | {as_text(each, 1)} | {ratios} |")
+    return [*lines, "", f"Target: {SPEEDRUN_TARGET} bits per byte. Time: a fraction of {arms[1].name}'s. In "
+            f"brackets: 95% intervals over {count(args.seeds, 'seed')}."]
+
+
+def scaling(arm, args):
+    """Train an arm in several sizes, predict the largest from the others, draw all: lines of a report."""
+    flags = train_gpt2.parse_args(arm.words)
+    sizes = {}  # parameters of the blocks: flags of the run
+    for n_layer, n_embd in args.scaling:
+        n_head = max(1, n_embd * flags.n_head // flags.n_embd)  # heads stay as wide as they are
+        shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        with torch.device("meta"):
+            blocks = GPT(replace(train_gpt2.model_config(flags), **shape)).transformer.h
+        count = sum(p.numel() for p in blocks.parameters())
+        steps = round(args.tokens_per_parameter * count / flags.total_batch_size)
+        sizes[count] = dict(**shape, max_steps=max(1, steps))
+    *fitted, held_out = sorted(sizes)
+    lines = ["| layers x width | parameters of the blocks | steps | validation loss |", "|---|---|---|---|"]
+    losses = {}
+
+    def measure(size):
+        results = [run(arm, args, **sizes[size], seed=FIRST_SEED + i) for i in range(args.seeds)]
+        losses[size] = float(np.mean([result.final for result in results]))
+        lines.append("| {n_layer} x {n_embd} | {:,} | {max_steps:,} | {:.4f} |".format(
+            size, losses[size], **sizes[size]))
+
+    for size in fitted:
+        measure(size)
+    law = PowerLaw(fitted, [losses[size] for size in fitted])
+    (exponent, error), (predicted, low, high) = law.exponent, law.predict(held_out)
+    prediction = f"{predicted:.4f} (95% interval {low:.4f} to {high:.4f})"
+    print(f"predicted loss of {held_out:,} parameters: {prediction}", flush=True)
+    measure(held_out)
+    draw_scaling(law, held_out, losses[held_out], Path(args.out, "curves.png"))
+    return [*lines, "", "Fit to all but the largest: "
+            f"loss = {math.exp(law.intercept):.3f} * N^-{exponent:.4f}, with an exponent of "
+            f"{exponent - error:.4f} to {exponent + error:.4f} (95%).", "",
+            f"Predicted for the largest, before it was trained: {prediction}. "
+            f"Measured: {losses[held_out]:.4f}, {losses[held_out] / predicted - 1:+.1%}."]
+
+
+def draw_scaling(law, size, loss, path):
+    """Draw a PowerLaw, its interval, and the result of the model of `size` that it predicts."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(curves.STYLE):
+        figure = Figure((6, 4), dpi=curves.DPI, layout="constrained")
+        axes = figure.add_subplot()
+        x = np.geomspace(min(law.sizes) / 1.3, size * 1.3)
+        middle, low, high = np.array([law.predict(each) for each in x]).T
+        axes.fill_between(x, low, high, color=curves.COLORS[0], alpha=0.15, linewidth=0,
+                          label="95% interval of a prediction")
+        axes.plot(x, middle, color=curves.COLORS[0], linewidth=1, label="fit")
+        axes.plot(law.sizes, law.losses, "o", color=curves.COLORS[0], label="fitted")
+        axes.plot(size, loss, "s", color=curves.COLORS[1], label="held out")
+        axes.set(xscale="log", yscale="log", xlabel="parameters of the blocks",
+                 ylabel="validation loss, nats per token")
+        axes.xaxis.set_major_formatter(lambda size, _: curves.short(size))
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.yaxis.set_minor_formatter("{x:.3g}")
+        axes.legend(frameon=False)
+        with atomic_write(path, "wb") as file:
+            figure.savefig(file, format="png", metadata={"Date": None})
+
+
+def main(args):
+    arms = [open_arm(text, args) for text in args.arms]
+    if len({arm.name for arm in arms}) < len(arms):
+        raise UserError(f"{arms[-1].name} is given twice: the arms of a comparison differ")
+    out, lines, flags = Path(args.out), [], {}
+    if args.speedrun:
+        lines = speedrun(arms, args)
+    elif args.scaling:
+        lines = scaling(arms[0], args)
+    else:
+        check_same(arms)
+        if args.sweep:
+            flags = dict.fromkeys(("val_start", "val_tokens"), halve_val(arms[0]))
+            lines = ["| arm | tried | loss on the first half of val |", "|---|---|---|"]
+            for arm in arms:
+                lines += choose(arm, args, flags["val_tokens"])
+            lines.append("")
+        for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+            for arm in arms:
+                arm.results.append(run(arm, args, **arm.settings, seed=seed, **flags))
+        lines += report(arms)
+        draw(arms, out / "curves.png")
+    with atomic_write(out / "report.md") as file:
+        file.write("\n".join(lines) + "\n")
+    print(*lines, sep="\n")
+    print(*(path for path in (out / "report.md", out / "curves.png") if path.exists()), sep="\n")
+
+
+if __name__ == "__main__":
+    run_script(main, args)
