@@ -22,14 +22,15 @@ from runs import (
     run_until_killed,
     train,
 )
+from test_hellaswag import check_against_naive
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
-import hellaswag
 from kit import loss, optim, recipe, variants
 from kit.files import UserError
 from kit.packed import pack
 from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
 from train_gpt2 import get_lr, parse_args
 
 EVERYTHING = dict(mlp="swiglu", norm="rmsnorm", position="rope", qk_norm=True, tie_embeddings=False,
@@ -105,7 +106,7 @@ def test_attention_with_qk_norm_does_not_depend_on_the_size_of_queries_and_keys(
     before = gpt.features(idx)
     for block in gpt.transformer.h:
         block.attn.c_attn.weight.data[:32] *= 100
-    torch.testing.assert_close(gpt.features(idx), before)
+    torch.testing.assert_close(gpt.features(idx), before, rtol=0, atol=1e-3)
 
 
 def test_a_value_residual_mixes_in_the_first_values():
@@ -149,11 +150,11 @@ def test_the_shortcut_and_the_norm_of_the_embedding():
 
 def test_the_softcap_bends_logits_and_the_loss_has_its_gradient(monkeypatch):
     monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", 48 * 512)  # several slices
-    gpt, x, y = trained_looking(logit_softcap=2.0, num_tokens=500), ids(8, 16) % 500, ids(8, 16, seed=1) % 500
+    gpt, x, y = trained_looking(logit_softcap=1.0, num_tokens=500), ids(8, 16) % 500, ids(8, 16, seed=1) % 500
     features = gpt.features(x)
     logits = gpt(x)[0]
-    torch.testing.assert_close(logits, 2 * torch.tanh(gpt.lm_head(features) / 2))
-    assert logits.abs().max() > 1.5  # where the cap bends
+    torch.testing.assert_close(logits, torch.tanh(gpt.lm_head(features)))
+    assert logits.abs().max() > 0.7  # where the cap bends
     y[0, :5] = -1
     plain = F.cross_entropy(logits[..., :500].flatten(0, 1), y.flatten(), ignore_index=-1)
     means = gpt(x, y)[1], plain
@@ -224,21 +225,9 @@ def test_packed_layers_compute_the_same(variant):
 @each_variant
 @torch.no_grad()
 def test_hellaswag_rows_restart_their_positions(variant, texts, learned):
-    from tokenizer import get_tokenizer
-
     gpt = trained_looking(block_size=64, **variant)
     examples = make.hellaswag_rows(texts, 12)
-    encoding = get_tokenizer(learned)
-    result = hellaswag.evaluate(gpt, encoding, examples)
-    for example, prediction in zip(examples, result["predictions"]):
-        context = encoding.encode_ordinary(example["ctx"])
-        losses = []
-        for ending in example["endings"]:
-            row = torch.tensor(context + encoding.encode_ordinary(" " + ending))[-64:]
-            logits = gpt(row[None, :-1])[0][0, len(context) - 1 :]
-            losses.append(F.cross_entropy(logits[:, : gpt.config.num_tokens], row[len(context) :],
-                                          reduction="sum").item())
-        assert losses[prediction] == pytest.approx(min(losses), abs=1e-4)
+    check_against_naive(gpt, get_tokenizer(learned), examples)
 
 
 @each_variant
