@@ -2,7 +2,7 @@
 
     python compare.py configs/demo.txt "configs/demo.txt --norm rmsnorm"           # one change, one seed
     python compare.py BASE.txt VARIANT.txt --seeds 3 --sweep max_lr=3e-3,6e-3      # each at its best rate
-    python compare.py --scaling 2x64 3x96 4x128 6x192 BASE.txt                     # loss against size
+    python compare.py --scaling 2x64,3x96,4x128,6x192 BASE.txt                     # loss against size
     python compare.py --speedrun NEW.txt OLD.txt --seeds 3                         # docs/speedrun.md
 
 An arm is a config file, or a config and flags of train_gpt2.py in quotes. The first arm is the baseline. Each
@@ -28,6 +28,7 @@ from kit import recipe
 from kit.flags import Parser, from_command_line, integer, number
 
 FIRST_SEED = 1337
+QUIET = ("--hellaswag_every", "0", "--sample_every", "0", "--no-plot")  # of every run
 SPEEDRUN_TARGET = 1.83  # bits per byte of the demo's val split: docs/speedrun.md
 
 
@@ -42,7 +43,7 @@ def parse_args(argv=None):
     add("--seeds", type=integer(1), default=1, metavar="N", help="runs of each arm, each with another seed")
     add("--sweep", action="append", default=[], metavar="FLAG=VALUE,...",
         help="values to choose from, for each arm; given twice: all pairs")
-    add("--scaling", nargs="+", metavar="LAYERSxWIDTH", type=size_of, default=[],
+    add("--scaling", metavar="LAYERSxWIDTH,...", type=sizes_of, default=[],
         help="train one arm in four sizes or more, and predict the loss of the largest from the others")
     add("--tokens_per_parameter", type=number(0.01), default=20.0,
         help="of --scaling, by the parameters of the blocks")
@@ -74,10 +75,12 @@ def parse_args(argv=None):
     return args
 
 
-def size_of(text):
-    """LAYERSxWIDTH as two ints."""
-    layers, width = map(int, text.split("x"))
-    return layers, width
+def sizes_of(text):
+    """LAYERSxWIDTH,... as pairs of ints."""
+    try:
+        return [(int(layers), int(width)) for layers, width in (size.split("x") for size in text.split(","))]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} should be sizes such as 2x64,3x96,4x128,6x192") from None
 
 
 def as_flags(values):
@@ -149,7 +152,7 @@ def train(words, log_dir, args):
     log_dir.parent.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
     command = [sys.executable, *(launcher if args.nproc > 1 else []), train_gpt2.__file__, *words,
-               "--log_dir", str(log_dir), "--hellaswag_every", "0", "--sample_every", "0", "--no-plot"]
+               "--log_dir", str(log_dir), *QUIET]
     output = log_dir.with_name(log_dir.name + ".txt")
     with open(output, "a", encoding="utf-8") as file:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode

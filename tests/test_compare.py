@@ -3,10 +3,11 @@
 import shutil
 
 import pytest
-from runs import TINY, assert_refused, run_here
+from runs import TINY, assert_refused, one_thread, run_here
 
 import compare
-from kit.experiments import Result, as_text, interval
+import train_gpt2
+from kit.experiments import PowerLaw, Result, as_text, interval
 from kit.record import append_log, record_start
 
 
@@ -39,12 +40,22 @@ def test_an_interval_is_students():
     assert interval(values)[1] == pytest.approx(2.042 * 0.5080 / 31**0.5, rel=0.02)  # t(30)
 
 
+@pytest.fixture
+def train_here(monkeypatch):
+    """The runs of a comparison train in this process, which saves their imports."""
+    def train(words, log_dir, args):
+        with one_thread():
+            train_gpt2.main(train_gpt2.parse_args([*words, "--log_dir", str(log_dir), *compare.QUIET]))
+
+    monkeypatch.setattr(compare, "train", train)
+
+
 def write_config(path, *more):
     path.write_text(" ".join(map(str, [*(word for word in TINY if word != "--no-plot"), *more])))
     return path
 
 
-def test_a_comparison_is_trained_resumed_and_reported(shards, tmp_path):
+def test_a_comparison_is_trained_resumed_and_reported(shards, tmp_path, train_here):
     base, out = write_config(tmp_path / "base.txt", "--data_dir", shards), tmp_path / "out"
     command = [base, f"{base} --norm rmsnorm", "--seeds", 2, "--sweep", "max_lr=1e-3,1e-2", "--out", out]
     process = run_here(compare, *command)
@@ -74,6 +85,31 @@ def test_a_comparison_is_trained_resumed_and_reported(shards, tmp_path):
     assert_refused(process, "--grad_clip 1.0, not 0.5", "another --out")
 
 
+def test_sizes_are_trained_and_the_largest_is_predicted(shards, tmp_path, train_here):
+    base, out = write_config(tmp_path / "base.txt", "--data_dir", shards), tmp_path / "out"
+    sizes = ["1x16", "1x32", "2x32", "2x48"]
+    process = run_here(compare, "--scaling", ",".join(sizes), base, "--out", out, "--tokens_per_parameter", 0.1)
+    assert process.returncode == 0, process.stderr
+    report, lines = (out / "report.md").read_text(), process.stdout.splitlines()
+    rows = [line.split(" | ") for line in report.splitlines() if " x " in line][1:]
+    assert [row[0].strip("| ") for row in rows] == [size.replace("x", " x ") for size in sizes]
+    assert rows[2][1:3] == ["25,408", "10"]  # 0.1 tokens each, 256 tokens a step
+    predicted = next(i for i, line in enumerate(lines) if line.startswith("predicted loss of "))
+    assert "n_layer=2,n_head=3,n_embd=48" in lines[predicted + 1] and "Measured: " in report
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert_refused(run_here(compare, "--scaling", "1x16", base), "--scaling", "four sizes")
+
+
+def test_a_power_law_is_found_and_predicts():
+    sizes = [1e4, 3e4, 1e5, 3e5]
+    exact = PowerLaw(sizes, [7 * size**-0.08 for size in sizes])
+    assert exact.exponent == pytest.approx((0.08, 0), abs=1e-6)
+    assert exact.predict(1e6) == pytest.approx([7 * 1e6**-0.08] * 3, rel=1e-6)
+    noisy = PowerLaw(sizes, [3.4, 3.05, 2.8, 2.5])
+    loss, low, high = noisy.predict(1e6)
+    assert low < loss < high and noisy.exponent[1] > 0.005
+
+
 def test_a_speedrun_times_whole_commands(shards, tmp_path, monkeypatch):
     base, out = write_config(tmp_path / "base.txt", "--data_dir", shards), tmp_path / "out"
     command = ["--speedrun", f"{base} --max_steps 4", base, "--out", out]
@@ -89,6 +125,7 @@ def test_a_speedrun_times_whole_commands(shards, tmp_path, monkeypatch):
     (["base.txt", "none.txt"], "no config @none.txt"), (["base.txt", "base.txt --nrom rmsnorm"], "--norm"),
     (["base.txt", "base.txt --sequence_length 16"], "--sequence_length 16, base has 32"),
     (["base.txt", "base.txt --norm rmsnorm", "--sweep", "log_dir=a,b"], "--sweep"),
+    (["base.txt", "--scaling", "64"], "64 should be sizes such as 2x64"),
     (["base.txt", "base.txt --norm rmsnorm", "--speedrun", "--sweep", "max_lr=1,2"], "--speedrun"),
 ], ids=str)
 def test_a_comparison_that_makes_no_sense_is_refused(tmp_path, monkeypatch, words, reason):
