@@ -127,7 +127,7 @@ def open_arm(text, args):
     """The Arm that a word of the command line describes. Exits if its config or a flag does not exist."""
     config, *flags = shlex.split(text)
     words = [config if config.startswith("@") else f"@{config}", *flags, *args.common]
-    train_gpt2.parse_args(words)
+    train_gpt2.model_config(train_gpt2.parse_args(words))  # a part that does not exist is refused
     return Arm(text, words)
 
 

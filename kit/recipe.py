@@ -7,7 +7,6 @@ find unchanged), --allow_change, the recipe by which reference runs are matched,
 import argparse
 from dataclasses import dataclass
 
-from kit import variants
 from kit.files import UserError
 from kit.flags import integer, number
 
@@ -36,11 +35,11 @@ SETTINGS = (
     Setting("min_lr", 6e-5, "learning rate at the end", "optimizer", 0, changeable=True),
     Setting("warmup_steps", 715, "steps of linear warm-up; the default is GPT-3's 375M tokens", "optimizer",
             0, changeable=True),
-    Setting("schedule", "cosine", "from max_lr to min_lr by a cosine, or wsd: constant, then linearly down",
+    Setting("schedule", "cosine", "cosine, or wsd: constant, then linearly down to min_lr",
             "optimizer", changeable=True, choices=("cosine", "wsd")),
     Setting("decay_fraction", 0.4, "part of the steps, the last ones, over which wsd decays", "optimizer",
             0.001, 1, changeable=True),
-    Setting("optimizer", "adamw", "adamw, or muon: Muon for the blocks' matrices, AdamW for the rest",
+    Setting("optimizer", "adamw", "adamw, or muon for the blocks' matrices and AdamW for the rest",
             "optimizer", choices=("adamw", "muon")),
     Setting("beta1", 0.9, "AdamW's decay of the mean gradient", "optimizer", 0, 0.99999, changeable=True),
     Setting("beta2", 0.95, "AdamW's decay of the mean squared gradient", "optimizer", 0, 0.99999,
@@ -61,10 +60,10 @@ SETTINGS = (
     Setting("block_size", None, "longest context of the model (default: --sequence_length)", "model",
             recipe=False),
     Setting("bias", True, "biases in linear layers and LayerNorms", "model"),
-    Setting("mlp", "gelu", "activation of the MLP", "variants", choices=variants.CHOICES["mlp"]),
-    Setting("norm", "layernorm", "norm of the residual stream", "variants", choices=variants.CHOICES["norm"]),
-    Setting("position", "learned", "positions: learned vectors, or rope (rotary)", "variants",
-            choices=variants.CHOICES["position"]),
+    # names of parts: GPTConfig checks them, so that kit/variants.py alone lists them
+    Setting("mlp", "gelu", "activation of the MLP: gelu, swiglu or relu2", "variants"),
+    Setting("norm", "layernorm", "layernorm or rmsnorm", "variants"),
+    Setting("position", "learned", "positions: learned, or rope (rotary)", "variants"),
     Setting("qk_norm", False, "normalize queries and keys", "variants"),
     Setting("tie_embeddings", True, "one matrix embeds and predicts the tokens", "variants"),
     Setting("logit_softcap", 0.0, "bend logits so that they stay below this; 0 disables it", "variants", 0),
@@ -97,7 +96,7 @@ def add_flags(parser, **defaults):
         for setting in (setting for setting in SETTINGS if setting.section == section):
             if isinstance(setting.default, bool):
                 kind = dict(action=argparse.BooleanOptionalAction)
-            elif setting.choices:
+            elif isinstance(setting.default, str):
                 kind = dict(choices=setting.choices)
             else:
                 limits = dict(least=setting.least, most=setting.most)

@@ -88,7 +88,8 @@ def test_a_comparison_is_trained_resumed_and_reported(shards, tmp_path, train_he
 def test_sizes_are_trained_and_the_largest_is_predicted(shards, tmp_path, train_here):
     base, out = write_config(tmp_path / "base.txt", "--data_dir", shards), tmp_path / "out"
     sizes = ["1x16", "1x32", "2x32", "2x48"]
-    process = run_here(compare, "--scaling", ",".join(sizes), base, "--out", out, "--tokens_per_parameter", 0.1)
+    process = run_here(compare, "--scaling", ",".join(sizes), base, "--out", out, "--tokens_per_parameter",
+                       0.1)
     assert process.returncode == 0, process.stderr
     report, lines = (out / "report.md").read_text(), process.stdout.splitlines()
     rows = [line.split(" | ") for line in report.splitlines() if " x " in line][1:]
@@ -123,6 +124,7 @@ def test_a_speedrun_times_whole_commands(shards, tmp_path, monkeypatch):
 @pytest.mark.parametrize("words, reason", [
     (["base.txt"], "a comparison needs two arms"), (["base.txt", "base.txt"], "base is given twice"),
     (["base.txt", "none.txt"], "no config @none.txt"), (["base.txt", "base.txt --nrom rmsnorm"], "--norm"),
+    (["base.txt", "base.txt --norm rms"], "--norm must be 'layernorm' or 'rmsnorm'"),
     (["base.txt", "base.txt --sequence_length 16"], "--sequence_length 16, base has 32"),
     (["base.txt", "base.txt --norm rmsnorm", "--sweep", "log_dir=a,b"], "--sweep"),
     (["base.txt", "--scaling", "64"], "64 should be sizes such as 2x64"),
