@@ -155,7 +155,12 @@ def train(words, log_dir, args):
                "--log_dir", str(log_dir), *QUIET]
     output = log_dir.with_name(log_dir.name + ".txt")
     with open(output, "a", encoding="utf-8") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # Ctrl-C reaches the run too, which saves a checkpoint first
+            process.wait()
+            raise
     if status:
         last = output.read_text(encoding="utf-8").strip().splitlines()[-1:]
         raise UserError(f"{log_dir} ended with status {status}: {''.join(last)} (all of it: {output})")

@@ -207,13 +207,14 @@ def test_gpt2_without_network_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb_edu.py", "hellaswag.py", "sample.py",
-                                    "app.py", "bench.py", "checkpoint.py"])
+                                    "app.py", "bench.py", "checkpoint.py", "compare.py", "plot.py"])
 def test_help_and_wrong_flags_answer_before_torch_is_imported(script):
     process = run_script("-X", "importtime", script, "--help")
     assert "usage:" in process.stdout
     imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
     assert "argparse" in imported and not {"torch", "numpy", "transformers"} & imported
-    part = {"bench.py": ["all"], "checkpoint.py": ["list", "log"]}.get(script, [])
+    part = {"bench.py": ["all"], "checkpoint.py": ["list", "log"], "plot.py": ["log"],
+            "compare.py": ["a.txt"]}.get(script, [])
     assert_refused(run_script(script, *part, "--no_such_flag", check=False), "--no_such_flag")
 
 
