@@ -33,8 +33,9 @@ def find_files(entries, data_dir=None):
     """The files that a user names, in order.
 
     entries: files, directories, patterns such as "data/*.jsonl", or - for standard input. A directory stands
-    for its files of all known formats, at any depth, sorted. data_dir: the output directory, in which no
-    input may be found. Raises UserError for what is missing or named twice.
+    for its files of all known formats, at any depth, sorted; a link from one to another of them is left out.
+    data_dir: the output directory, in which no input may be found. Raises UserError for what is missing, and
+    for a file that two entries name.
     """
     files = {}  # by the real path
     for entry in entries:
@@ -42,7 +43,7 @@ def find_files(entries, data_dir=None):
             real = os.path.realpath(path)
             if real in files:
                 raise UserError(f"{files[real]} and {path} are the same file: name it once")
-            files[real] = str(path)
+            files[real] = path
     return list(files.values())
 
 
@@ -55,7 +56,8 @@ def expand(entry, data_dir):
     if not glob.has_magic(entry):
         exists = entry and Path(entry).exists()
         raise UserError(f"input {entry}: {'not a file; pipe its text into -' if exists else 'no such file'}")
-    paths = [path for match in sorted(glob.glob(entry, recursive=True)) for path in expand(match, data_dir)]
+    matches = sorted(glob.glob(entry, recursive=True))
+    paths = once_each(entry, [path for match in matches for path in expand(match, data_dir)])
     if not paths:
         raise UserError(f"input {entry}: no such files")
     if data_dir and any(Path(path).resolve().is_relative_to(Path(data_dir).resolve()) for path in paths):
@@ -78,14 +80,31 @@ def list_directory(entry, data_dir):
     for path in paths:
         if format_of(path)[0] and not path.exists():
             raise UserError(f"input {entry}: {path} is a link to a file that does not exist")
-    files = [path for path in paths if path.is_file() and format_of(path)[0]]
+    files = [str(path) for path in paths if path.is_file() and format_of(path)[0]]
     # a link to a directory is not followed
     others = len(paths) - len(files) - sum(path.is_dir() and not path.is_symlink() for path in paths)
     if not files:
         raise UserError(f"input {entry}: no file of a known format in it ({FORMATS})")
     left_out = f", without {others} of other formats" if others else ""
+    files = once_each(entry, files)
     print(f"{entry}: {count(len(files), 'file')}{left_out}")
     return files
+
+
+def once_each(entry, paths):
+    """The paths of an entry, each file once: by its own name rather than by way of a link.
+
+    Prints how many other names of the same files are left out.
+    """
+    names = {}
+    for path in sorted(paths, key=lambda path: os.path.realpath(path) != os.path.abspath(path)):
+        names.setdefault(os.path.realpath(path), path)
+    kept = set(names.values())
+    others = [path for path in paths if path not in kept]
+    if others:
+        print(f"{entry}: {count(len(others), 'second name')} of the same files left out, such as {others[0]} "
+              f"for {names[os.path.realpath(others[0])]}")
+    return [path for path in dict.fromkeys(paths) if path in kept]
 
 
 def name_of(entry):

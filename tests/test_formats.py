@@ -296,6 +296,25 @@ def test_directories_and_patterns_stand_for_their_files(tmp_path, learned, monke
     assert sources.find_files(["texts/[odd].txt"]) == ["texts/[odd].txt"]
 
 
+def test_a_second_name_of_a_file_inside_an_entry_is_left_out_with_a_notice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("texts/b.txt", "texts/sub/c.txt", "elsewhere.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for name, target in (("a.txt", "b.txt"), ("z.txt", "sub/c.txt"), ("out.txt", "../elsewhere.txt"),
+                         ("linked", "sub")):
+        (tmp_path / "texts" / name).symlink_to(target)
+    files = ["texts/b.txt", "texts/out.txt", "texts/sub/c.txt"]
+    assert sources.find_files(["texts"]) == files
+    assert capsys.readouterr().out == (
+        "texts: 2 second names of the same files left out, such as texts/a.txt for texts/b.txt\n"
+        "texts: 3 files, without 1 of other formats\n")
+    assert sources.find_files(["texts/*"]) == sources.find_files(["texts/**"]) == files
+    assert sources.find_files(["texts/*.txt"]) == ["texts/b.txt", "texts/out.txt", "texts/z.txt"]
+    with pytest.raises(UserError, match="texts/b.txt and texts/a.txt are the same file"):
+        sources.find_files(["texts", "texts/a.txt"])
+
+
 def test_an_unreadable_directory_inside_the_input_is_refused(tmp_path, monkeypatch):
     """It would leave out texts without a word. (The superuser can read everything, so the call fails.)"""
     (tmp_path / "texts" / "closed").mkdir(parents=True)
