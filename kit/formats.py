@@ -5,13 +5,16 @@ import csv
 import gzip
 import itertools
 import json
+import os
 import re
 import zlib
 
 from kit.files import UserError, count
 
 KINDS = (".txt", ".jsonl", ".json", ".csv")  # each also compressed; .parquet has a compression of its own
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # and their first bytes, which no text has
+# the first bytes of other files that people take for text
+OTHERS = {"bzip2": b"BZh", "xz": b"\xfd7zXZ", "a zip": b"PK\3\4", "parquet": b"PAR1", "a PDF": b"%PDF"}
 FORMATS = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)} appended, and .parquet"
 END_OF_TEXT = "<|endoftext|>"  # precedes each document in the shards; the only special token
 BATCH_CHARS = 2**22  # text read and encoded at a time: small enough to stay in warm memory
@@ -276,7 +279,9 @@ def explain_read_errors(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it with iconv") from None
+        other = begins_like(path, OTHERS)
+        remedy = f"it begins like {other}: unpack or convert it" if other else "convert it with iconv"
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); {remedy}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} can't be read to its end ({error})") from error
     except Exception as error:  # these libraries raise types of their own
@@ -286,8 +291,15 @@ def explain_read_errors(path):
 
 
 def open_text(path, newline=None):
-    """Open a file, which may be compressed, as UTF-8 text. A byte order mark at its start is dropped."""
+    """Open a file as UTF-8 text. It may be compressed, also without a suffix that says so.
+
+    A byte order mark at its start is dropped. Raises EOFError for a compressed file of 0 bytes, such as a
+    download leaves that failed.
+    """
     _, compression = format_of(path)
+    if compression and not os.path.getsize(path):  # gzip itself takes it for an empty text
+        raise EOFError("it has 0 bytes")
+    compression = compression or begins_like(path, COMPRESSIONS)
     text = dict(encoding="utf-8-sig", newline=newline)
     if compression == ".gz":
         return gzip.open(path, "rt", **text)
@@ -297,6 +309,13 @@ def open_text(path, newline=None):
         # the default refuses files of `zstd --long=31`, such as dumps of forums
         return zstd.open(path, "rt", options={zstd.DecompressionParameter.window_log_max: 31}, **text)
     return open(path, **text)
+
+
+def begins_like(path, magics):
+    """The key of magics, {name: first bytes}, that fits the beginning of a file; None if none does."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    return next((name for name, magic in magics.items() if start.startswith(magic)), None)
 
 
 def read_json(path):

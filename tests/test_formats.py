@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import tracemalloc
@@ -22,7 +23,7 @@ import fineweb_edu
 import sample
 import tokenizer
 import train_gpt2
-from hellaswag import render_example
+from hellaswag import iterate_examples, render_example
 from kit import formats, shards, sources
 from kit.files import UserError
 from kit.formats import Reader
@@ -89,6 +90,25 @@ def test_a_plain_text_is_one_document_without_its_byte_order_mark(tmp_path, name
     assert "".join(texts_of(write(tmp_path / name, BOM + text))) == text
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, zstd.compress], ids=["gzip", "zstd"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+def test_compressed_files_are_known_by_their_first_bytes_too(tmp_path, name, pack):
+    text = {"a.txt": "one", "a.csv": "text\none\n"}.get(name, '{"text": "one"}')
+    assert texts_of(write(tmp_path / name, pack(f"{BOM}{text}".encode()))) == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.csv.zst", "a.parquet", "data.jsonl.gz"])
+def test_a_compressed_file_of_no_bytes_is_a_failed_download(tmp_path, learned, name):
+    """An empty text takes some bytes in each of these formats."""
+    (tmp_path / name).touch()
+    full = write(tmp_path / "full.txt", "text")
+    process = prepare(learned, "--input", full, tmp_path / name, "--data_dir", tmp_path / "out")
+    assert_refused(process, tmp_path / name, "0 bytes")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="0 bytes"):
+        list(iterate_examples(tmp_path / name))
+
+
 def test_zstd_files_of_several_frames_and_of_long_windows_are_read_whole(tmp_path):
     rows = [json_lines([{"text": text}]).encode() for text in ("one", "two")]
     (tmp_path / "frames.jsonl.zst").write_bytes(b"".join(map(zstd.compress, rows)))
@@ -120,7 +140,9 @@ def test_a_compressed_file_is_not_read_into_memory(tmp_path, faults):
     ("a.csv", 'id,text\n1,"o\nne"\n2\n', "a.csv:4: 1 fields, but the header has 2"),
     ("a.csv", 'id,text\n1,"one\n2,two\n', "a.csv:3: not CSV"),
     ("a.txt.parquet.gz", "", "unsupported format.*zst.*parquet"), ("a.pdf", "", "a.pdf: unsupported format"),
-    ("a.csv", b"id,text\n1,caf\xe9\n", "a.csv: not UTF-8"),
+    ("a.csv", b"id,text\n1,caf\xe9\n", "a.csv: not UTF-8.*iconv"),
+    ("a.txt", lzma.compress(b"text"), "a.txt: not UTF-8 text .*begins like xz: unpack"),
+    ("a.jsonl", b"PAR1\x15\x04\xff", "a.jsonl: not UTF-8 text .*begins like parquet: unpack or convert"),
 ])
 def test_what_can_not_be_read_is_named_with_its_line(tmp_path, name, content, words):
     with pytest.raises(UserError, match=words):
