@@ -45,7 +45,7 @@ def add_flags(parser):
                         help="what separates the documents of a .txt, for example '<|endoftext|>' "
                              "(default: a .txt is one document)")
     parser.add_argument("--skip_null", action="store_true",
-                        help="leave out rows whose text is null, and count them")
+                        help="leave out rows whose text is null (in .csv: empty), and count them")
     parser.add_argument("--stdin_format", choices=[kind[1:] for kind in KINDS],
                         help="format of standard input, which is named - (default: txt)")
 
@@ -142,7 +142,7 @@ class Reader:
         elif kind == ".parquet":
             yield from self.read_parquet(path)
         else:
-            for place, row in read_csv(path) if kind == ".csv" else read_json(path):
+            for place, row in read_csv(path, self.column) if kind == ".csv" else read_json(path):
                 text = self.text_of_row(row, place)
                 if text is not None:
                     yield [(True, text)]
@@ -226,6 +226,7 @@ class Reader:
             columns = outline(file.schema_arrow)
             self.text_of_row(columns, path)  # raises if it is not there
             names = [self.column] if self.column in columns else self.column.split(".")
+            check_unique(names[0], file.schema_arrow.names, path)
             info, size = file.metadata, 1
             for group in map(info.row_group, range(info.num_row_groups)):
                 chunks = map(group.column, range(info.num_columns))
@@ -351,22 +352,32 @@ def parse_json(text, place, hint):
         raise UserError(f"{place}: not JSON ({error}){hint}") from None
 
 
-def read_csv(path):
-    """Yield (file and line, row) for the rows of a .csv with a header, each as a dict of texts."""
+def read_csv(path, column=None):
+    """Yield (file and line, row) for the rows of a .csv with a header, each as a dict; an empty cell is None.
+
+    Raises UserError if two columns are named `column`.
+    """
     csv.field_size_limit(2**31 - 1)  # of this process; the default is 131,072 characters
     with open_text(path, newline="") as file:
         rows = csv.reader(file, strict=True)  # otherwise a missing quote takes in the rest of the file
         try:
-            header = next(filter(None, rows), None)
+            header = next(filter(None, rows), [])
+            check_unique(column, header, path)
             line = rows.line_num + 1
             for row in rows:
                 place, line = f"{path}:{line}", rows.line_num + 1
                 if row and len(row) != len(header):
                     raise UserError(f"{place}: {len(row)} fields, but the header has {len(header)}")
                 if row:
-                    yield place, dict(zip(header, row))
+                    yield place, dict(zip(header, (cell or None for cell in row)))
         except csv.Error as error:
             raise UserError(f"{path}:{rows.line_num}: not CSV ({error})") from None
+
+
+def check_unique(column, names, path):
+    """Raise UserError if the column to read has a name that another one has too."""
+    if names.count(column) > 1:
+        raise UserError(f"{path}: {names.count(column)} columns are named {column!r}: rename all but one")
 
 
 def last_cut(text):

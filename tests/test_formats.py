@@ -81,7 +81,8 @@ def test_every_format_of_rows_gives_the_same_documents(tmp_path, name, mark):
     else:
         text = csv_text(rows) if ".csv" in name else json_lines(rows)
         write(tmp_path / name, mark + (json.dumps(rows, indent=1) if "list" in name else text))
-    assert list(Reader().texts(tmp_path / name)) == [(True, text) for text in DOCUMENTS]
+    documents = [text for text in DOCUMENTS if text or ".csv" not in name]  # an empty cell is null
+    assert list(Reader(skip_null=True).texts(tmp_path / name)) == [(True, text) for text in documents]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "SHAKE.TXT", "a.txt.gz", "a.txt.zst"])
@@ -107,6 +108,28 @@ def test_a_compressed_file_of_no_bytes_is_a_failed_download(tmp_path, learned, n
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="0 bytes"):
         list(iterate_examples(tmp_path / name))
+
+
+@pytest.mark.parametrize("skip", [[], ["--skip_null"]])
+def test_an_empty_cell_of_a_csv_is_null(tmp_path, learned, skip):
+    path = write(tmp_path / "a.csv", 'id,text\n1,one\n2,\n3,""\n,two\n')  # another column may be empty
+    process = prepare(learned, "--input", path, "--data_dir", tmp_path / "out", *skip)
+    if skip:
+        assert "2 rows left out: column 'text' is null" in process.stdout
+        assert np.array_equal(stream_of(tmp_path / "out"), expected_stream(["one", "two"], learned))
+    else:
+        assert_refused(process, "a.csv:3: column 'text' is null", "--skip_null")
+
+
+def test_a_column_name_that_two_columns_have_is_refused_where_it_is_read(tmp_path):
+    texts = pyarrow.array(["one"])
+    table = pyarrow.Table.from_arrays([texts, texts, texts], names=["text", "id", "id"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    write(tmp_path / "a.csv", "text,id,id\none,1,2\n")
+    for name in ("a.parquet", "a.csv"):
+        assert texts_of(tmp_path / name) == ["one"]
+        with pytest.raises(UserError, match=f"{name}: 2 columns are named 'id': rename all but one"):
+            texts_of(tmp_path / name, "id")
 
 
 def test_zstd_files_of_several_frames_and_of_long_windows_are_read_whole(tmp_path):
@@ -141,6 +164,7 @@ def test_a_compressed_file_is_not_read_into_memory(tmp_path, faults):
     ("a.csv", 'id,text\n1,"one\n2,two\n', "a.csv:3: not CSV"),
     ("a.txt.parquet.gz", "", "unsupported format.*zst.*parquet"), ("a.pdf", "", "a.pdf: unsupported format"),
     ("a.csv", b"id,text\n1,caf\xe9\n", "a.csv: not UTF-8.*iconv"),
+    ("a.csv", "text,id,text\none,1,two\n", "a.csv: 2 columns are named 'text'"),
     ("a.txt", lzma.compress(b"text"), "a.txt: not UTF-8 text .*begins like xz: unpack"),
     ("a.jsonl", b"PAR1\x15\x04\xff", "a.jsonl: not UTF-8 text .*begins like parquet: unpack or convert"),
 ])
