@@ -16,6 +16,7 @@ renamed, so a checkpoint under its final name is complete; every load checks the
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -49,6 +50,7 @@ if __name__ == "__main__":
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 
 from kit import huggingface, nanogpt
@@ -78,6 +80,7 @@ KINDS = dict(step=int, config=dict, files=dict, identity=dict, val_loss=(float, 
 REQUIRED = ("step", "config", "files")
 SCALER = dict(scale=float, growth_factor=float, backoff_factor=float, growth_interval=int,
               _growth_tracker=int)  # of a GradScaler's state, for fp16
+NO_MMAP = f"(os error {errno.ENODEV})"  # in safetensors' errors, which have no errno
 
 
 class DamagedCheckpoint(UserError):
@@ -198,7 +201,7 @@ def load(path, device="cpu"):
     """Read a checkpoint: (model in eval mode on `device`, meta.json as a dict). Raises DamagedCheckpoint."""
     meta = read_meta(path)
     try:
-        state = load_file(Path(path) / "model.safetensors", device=device)
+        state = load_tensors(Path(path) / "model.safetensors", device)
         if any(tensor.dtype != torch.float32 for tensor in state.values()):
             raise ValueError("not all of them are float32")
         return GPT.from_state(GPTConfig(**meta["config"]), state), meta
@@ -207,13 +210,24 @@ def load(path, device="cpu"):
         raise DamagedCheckpoint(f"{path}: the weights do not fit the model ({reason})") from error
 
 
+def load_tensors(path, device="cpu"):
+    """The tensors of a .safetensors file by their names, also where files can't be mapped into memory."""
+    try:
+        return load_file(path, device=device)
+    except OSError as error:
+        if NO_MMAP not in str(error):
+            raise
+        tensors = load_bytes(path.read_bytes())
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
 def load_optimizer(path, optimizer):
     """Load a checkpoint's optimizer tensors; learning rate and decay stay the optimizer's own.
 
     Raises DamagedCheckpoint.
     """
     try:
-        load_state(optimizer, load_file(Path(path) / "optimizer.safetensors"))
+        load_state(optimizer, load_tensors(Path(path) / "optimizer.safetensors"))
     except (SafetensorError, ValueError) as error:
         raise DamagedCheckpoint(f"{path}: the optimizer's state can't be loaded ({error})") from error
 
@@ -339,6 +353,9 @@ def load_model(source, device="cpu"):
         raise
     except Exception as error:  # transformers raises many types, from a truncated file to a refused pickle
         reason = first_line(error)
+        if NO_MMAP in reason:
+            raise UserError(f"{source}: its file system can't map files into memory; copy it to another "
+                            "one") from error
         if "weights_only" in str(error):  # torch's own message recommends running the pickle
             reason = "its weights are a pickle that holds more than tensors, which may run code"
         elif isinstance(error, RuntimeError):  # torch's list of what does not fit starts in the second line

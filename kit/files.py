@@ -24,7 +24,8 @@ UNUSABLE_PATH = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.
 
 
 # errors of a call that a file system (SMB, exFAT, NFS, FUSE, ...) does not offer
-UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY)
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY,
+               errno.ENODEV)
 
 
 def run_script(main, args):
@@ -238,17 +239,26 @@ def locked(directory, wait=False):
 
 def sync(path):
     """Wait until a file, or the names in a directory, are on the disk (POSIX only)."""
-    if os.name == "posix":
+    if os.name != "posix":
+        return
+    try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (*UNSUPPORTED, errno.EBADF):  # EBADF: it wants a file open for writing
-                raise
-            warn_once(f"the file system of {Path(path).parent} does not support fsync: after a power failure "
-                      "the newest files may be lost")
         finally:
             os.close(descriptor)
+    except OSError as error:
+        # EBADF: it wants a file open for writing; EACCES: it opens no directory
+        if error.errno not in (*UNSUPPORTED, errno.EBADF, errno.EACCES):
+            raise
+        warn_once(f"the file system of {mount_point(path)} does not support fsync: after a power failure the "
+                  "newest files may be lost")
+
+
+def mount_point(path):
+    """The directory at which the file system of a path is mounted."""
+    path = Path(path).resolve()
+    return next(folder for folder in (path, *path.parents) if folder.is_mount())
 
 
 def digest(path):

@@ -14,13 +14,16 @@ import re
 from pathlib import Path
 
 from kit.files import (
+    UNSUPPORTED,
     UserError,
     atomic_write,
     digest,
     drop_cached_pages,
+    mount_point,
     name_in_errors,
     publish,
     temporary_path,
+    warn_once,
 )
 from kit.sources import DATASETS, TEXTS
 
@@ -330,7 +333,7 @@ def listed_shards(manifest):
 
 
 def open_shards(data_dir, split):
-    """The shards of a split in order, memory-mapped: a list of (path, uint16 array).
+    """The shards of a split in order, memory-mapped if possible: a list of (path, uint16 array).
 
     Checks sizes and headers. Raises UserError that names the first file which is missing, damaged or not
     what the manifest says.
@@ -366,19 +369,21 @@ def open_shards(data_dir, split):
 
 
 def open_shard(path, expected=None):
-    """The ids of a shard, memory-mapped. expected: its entry in the manifest. Raises UserError."""
+    """The ids of a shard, memory-mapped if possible. expected: its entry in the manifest. UserError."""
     import numpy as np
 
     size = path.stat().st_size
     if expected and size != expected["bytes"]:
         raise UserError(f"{path} has {size} bytes, its manifest says {expected['bytes']}; prepare it again")
-    if path.suffix == ".bin":
-        tokens = open_bin(path)
-    else:
-        try:
-            tokens = np.load(path, "r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise UserError(f"{path} is not a complete .npy file ({error}); get it again") from error
+    read = open_bin if path.suffix == ".bin" else open_npy
+    try:
+        tokens = read(path)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        warn_once(f"the file system of {mount_point(path)} can't map files into memory: every rank holds all "
+                  "shards in its own memory")
+        tokens = read(path, mapped=False)
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise UserError(f"{path} contains {tokens.ndim}-D {tokens.dtype}, not 1-D uint16; prepare it again")
     if expected and len(tokens) != expected["tokens"]:
@@ -395,15 +400,32 @@ def is_raw(path):
     return magic not in (BIN_MAGIC, *OTHER_MAGICS)
 
 
-def open_bin(path):
-    """The ids of a .bin shard, memory-mapped. Raises UserError if it is none or incomplete."""
+def open_npy(path, mapped=True):
+    """The array of a .npy file. Raises UserError if it is incomplete, OSError if it can't be mapped."""
     import numpy as np
+
+    try:
+        return np.load(path, "r" if mapped else None, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        if mapped and isinstance(error, OSError) and error.errno in UNSUPPORTED:
+            raise
+        raise UserError(f"{path} is not a complete .npy file ({error}); get it again") from error
+
+
+def open_bin(path, mapped=True):
+    """The ids of a .bin shard. Raises UserError if it is incomplete, OSError if it can't be mapped."""
+    import numpy as np
+
+    def ids(start, count):
+        if mapped:
+            return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
+        return np.fromfile(path, dtype="<u2", count=count, offset=start)
 
     start, size = 4 * BIN_HEADER, path.stat().st_size
     if is_raw(path):
         if size == 0 or size % 2:
             raise UserError(f"{path} has {size} bytes, no whole number of 16-bit ids; get it again")
-        return np.memmap(path, dtype="<u2", mode="r")
+        return ids(0, size // 2)
     if size < start:
         raise UserError(f"{path} has {size} bytes, fewer than its header; get it again")
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
@@ -415,7 +437,7 @@ def open_bin(path):
                         f"{BIN_VERSION}. nanoGPT's files, which have none, must be train.bin and val.bin")
     if size != start + 2 * count:
         raise UserError(f"{path} has {size} bytes, its header says {start + 2 * count}; get it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
+    return ids(start, count)
 
 
 # verifying

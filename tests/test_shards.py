@@ -1,5 +1,7 @@
 """Shards of other programs: nanoGPT's, llm.c's, modded-nanogpt's, and prepared shards that were renamed."""
 
+import errno
+import mmap
 import os
 import shutil
 
@@ -11,7 +13,7 @@ from runs import assert_refused, copy_run, flags_of, run_here, train
 import checkpoint
 import train_gpt2
 from fineweb_edu import prepare
-from kit.files import UserError
+from kit.files import UserError, warn_once
 from kit.shards import open_bin, open_shards, source_of, tokenizer_of, verify
 
 
@@ -80,6 +82,22 @@ def test_a_file_with_nanogpts_name_and_a_header_is_read_by_its_header(tmp_path):
     (tmp_path / "train.bin").write_bytes(header[:-2])
     with pytest.raises(UserError, match="fewer than its header"):
         open_bin(tmp_path / "train.bin")
+
+
+@pytest.mark.parametrize("name", ["x_train.npy", "x_train.bin", "train.bin"])
+def test_ids_are_read_into_memory_where_files_can_not_be_mapped(tmp_path, faults, capsys, name):
+    ids = np.arange(1000, dtype=np.uint16)
+    header = np.array([20240520, 1, 1000, *[0] * 253], dtype=np.int32).tobytes()
+    if name == "x_train.npy":
+        np.save(tmp_path / name, ids)
+    else:
+        (tmp_path / name).write_bytes((header if "x_" in name else b"") + ids.tobytes())
+    warn_once.cache_clear()
+    faults.failing(mmap, "mmap", errno.ENODEV)
+    for _ in range(2):
+        [(_, tokens)] = open_shards(tmp_path, "train")
+        assert np.array_equal(tokens, ids)
+    assert capsys.readouterr().err.count("can't map files into memory") == 1
 
 
 # --------------------------------------------------------------------------------------- the tokenizer's name

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import itertools
 import json
+import mmap
 import os
 import random
 import re
@@ -386,6 +387,11 @@ def is_directory(descriptor):
     return stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
 
+def is_folder(path, *_):
+    """A directory of the program's, which are Paths: Python's own temporary ones stay as they are."""
+    return isinstance(path, Path) and path.is_dir()
+
+
 @pytest.mark.parametrize("fault, words", [
     ((fcntl, "flock", errno.ENOLCK), "has no locks"),
     ((fcntl, "flock", errno.EOPNOTSUPP), "has no locks"),
@@ -393,6 +399,8 @@ def is_directory(descriptor):
     ((os, "fsync", errno.EINVAL, is_directory), "power failure"),
     ((os, "fsync", errno.ENOTSUP), "power failure"),
     ((os, "fsync", errno.EBADF, is_directory), "power failure"),
+    ((os, "open", errno.EACCES, is_folder), "power failure"),
+    ((mmap, "mmap", errno.ENODEV), "can't map files into memory"),
     ((os, "chmod", errno.EPERM), None),
     ((os, "chmod", errno.ENOTSUP), None),
     ((os, "posix_fadvise", errno.EINVAL), None),
@@ -401,6 +409,7 @@ def test_a_simple_file_system_is_enough(shards, whole, learned, texts, tmp_path,
                                         words):
     """A missing call gives at most one warning; shards and run have the same bits as without the fault."""
     source = make.write_jsonl(tmp_path / "topics.jsonl", texts)
+    files.warn_once.cache_clear()
     with faults.put_in():
         faults.failing(*fault)
         prepare([str(source)], tmp_path / "data", {"files": "topics"}, learned, shard_size=50_000,
@@ -411,6 +420,17 @@ def test_a_simple_file_system_is_enough(shards, whole, learned, texts, tmp_path,
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == len(set(warnings)) and all(words in line for line in warnings)
     assert bool(warnings) == bool(words)
+
+
+def test_a_run_resumes_where_tensors_can_not_be_mapped_into_memory(shards, whole, tmp_path, monkeypatch):
+    """safetensors' error has a text alone, for example when it opens a file of /sys."""
+    def load_file(path, device):
+        raise OSError("No such device (os error 19)")
+
+    log_dir = copy_run(whole.log_dir, tmp_path / "log", without="ckpt_000012")
+    monkeypatch.setattr(checkpoint, "load_file", load_file)
+    train(shards, log_dir, "--resume")
+    assert_same_end(log_dir, whole)
 
 
 def test_no_file_is_renamed_while_it_is_open(shards, whole, learned, texts, tmp_path, faults):
