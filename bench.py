@@ -72,7 +72,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from kit import peers
-from kit.files import UserError, atomic_write, run_script
+from kit.files import UserError, atomic_write, check_output, run_script
 from tokenizer import get_fast_tokenizer
 
 # ---------------------------------------------------------------------------------------- in an arm's process
@@ -605,6 +605,7 @@ def main(args):
 
     from kit.device import pick_device
 
+    check_output("--json", args.json, args.hellaswag_data, *(args.text or ()))
     args.device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.device not in ("cpu", "cuda"):
         raise UserError(f"--device {args.device}: only cpu and cuda are measured")

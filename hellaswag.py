@@ -77,7 +77,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model_and_tokenizer, newest_run
 from kit.device import to_device, tune
-from kit.files import UserError, atomic_write, run_script
+from kit.files import UserError, atomic_write, check_output, run_script
 from kit.formats import read_rows
 from kit.packed import onednn_is_faster, pack
 from kit.published import HELLASWAG_EXAMPLES
@@ -330,6 +330,7 @@ def print_report(args, examples, results, comparisons):
 def main(args):
     if args.json and args.json != "-" and not Path(args.json).parent.is_dir():
         raise UserError(f"--json {args.json}: no such directory")
+    check_output("--json", args.json, args.data, args.model_type, *(args.compare or ()))
     ranks = Ranks(args.device)
     tune(ranks.device)
     path = args.data

@@ -14,7 +14,7 @@ from base64 import b64encode
 from pathlib import Path
 
 from kit import formats, sources
-from kit.files import UserError, atomic_write, run_script
+from kit.files import UserError, atomic_write, check_output, run_script
 from kit.flags import Parser, from_command_line, integer
 from kit.formats import END_OF_TEXT
 
@@ -322,6 +322,7 @@ def save_pretrained(encoding, directory, max_length):
 def main(args):
     reader = formats.Reader(args.text_column, args.split_on, args.skip_null)
     files = sources.find_files(args.files)
+    check_output("--out", args.out, *files)
     with tempfile.TemporaryDirectory() as folder:
         if "-" in files:
             stdin = Path(folder) / f"stdin.{args.stdin_format or 'txt'}"

@@ -135,6 +135,16 @@ def name_in_errors(path):
         raise
 
 
+def check_output(flag, path, *inputs):
+    """Raise UserError if the file that a flag names for the output is one of the inputs.
+
+    path and inputs may be None; inputs that are no files don't count.
+    """
+    for source in filter(os.path.isfile, filter(None, inputs)):
+        if path and os.path.exists(path) and os.path.samefile(source, path):
+            raise UserError(f"{flag} {path} would overwrite the input {source}: name another file")
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a file that replaces `path` once it is complete and on the disk. A crash leaves the old file."""

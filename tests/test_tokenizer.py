@@ -2,8 +2,11 @@
 
 import pytest
 import tokenizers
-from runs import assert_refused, run_script
+from runs import assert_refused, run_here, run_script
 
+import bench
+import hellaswag
+import tokenizer
 from kit.files import UserError
 from tokenizer import get_tokenizer, train
 
@@ -53,6 +56,22 @@ def test_the_command_trains_a_tokenizer(tmp_path, texts):
     out = tmp_path / "tokenizer.json"
     process = run_script("tokenizer.py", "train", tmp_path / "text.txt", "--vocab_size", 280, "--out", out)
     assert "280 tokens" in process.stdout and get_tokenizer(str(out)).n_vocab == 280
+
+
+@pytest.mark.parametrize("script, flags", [
+    (tokenizer, ["train", "FILE", "--out", "FILE"]), (tokenizer, ["train", "FOLDER", "--out", "LINK"]),
+    (hellaswag, ["--data", "FILE", "--json", "FILE"]), (hellaswag, ["-m", "FILE", "--json", "LINK"]),
+    (bench, ["data", "--text", "FILE", "--json", "FILE"]),
+], ids=["tokenizer", "tokenizer, a link", "hellaswag", "hellaswag, the model", "bench"])
+def test_no_command_overwrites_its_input(tmp_path, script, flags):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    names = {"FOLDER": folder, "FILE": folder / "my.txt", "LINK": tmp_path / "link.txt"}
+    names["FILE"].write_text("some text")
+    names["LINK"].symlink_to(names["FILE"])
+    process = run_here(script, *(names.get(flag, flag) for flag in flags))
+    assert_refused(process, flags[-2], names[flags[-1]], f"would overwrite the input {names['FILE']}")
+    assert names["FILE"].read_text() == "some text"
 
 
 def test_without_network_and_cache_the_error_names_the_remedy(tmp_path):
