@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import shutil
+import socket
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ def run_script(main, args):
     """Call main(args) and turn expected failures into one line on stderr and an exit status.
 
     Status 2: a mistake of the user's (UserError, or a path that can't be used). Status 1: the system failed,
-    for example on a full disk. Status 130: Ctrl-C.
+    for example on a full disk. Status 130: Ctrl-C. Of several ranks, the line names the one that failed.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # closed, as by `>&-`: the next file opened would take its place
@@ -47,9 +48,12 @@ def run_script(main, args):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "") not in ("", "0"):
+        rank = os.environ.get("RANK", "")
+        if rank not in ("", "0"):
             time.sleep(3)  # all ranks find most mistakes: rank 0 prints, then torchrun ends the others
         message = " ".join(str(error).splitlines())  # a path may hold line breaks
+        if rank and os.environ.get("WORLD_SIZE", "") not in ("", "1"):  # each machine may have its own files
+            message += f" (rank {rank} on {socket.gethostname()})"
         print("error:", message, file=Unbreakable(sys.stderr), flush=True)
         sys.exit(2 if isinstance(error, UserError) or error.errno in UNUSABLE_PATH else 1)
 

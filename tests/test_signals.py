@@ -4,12 +4,15 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 
+import make
 import pytest
 from runs import (
     ENDLESS,
@@ -167,6 +170,36 @@ def test_ranks_that_read_something_else_are_refused(shards, whole, tmp_path, cha
     process = run_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault, check=False)
     assert process.returncode == 1
     assert re.search(f"error: rank 1 on .* has {words}", process.stderr), process.stderr
+
+
+@pytest.fixture
+def two_machines(shards, tmp_path):
+    """Two directories with a data directory each, and a fault that puts each of two ranks alone into one."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        make.copy_shards(shards, folder / "data")
+    return folders, f'os.environ["LOCAL_RANK"] = "0"; os.chdir({list(map(str, folders))}[RANK])'
+
+
+def test_each_machine_verifies_its_own_shards(two_machines):
+    folders, fault = two_machines
+    run_script("torchrun", 2, "train_gpt2.py", *flags_of("data", "log", "--max_steps", 4), fault=fault)
+    assert all((folder / "data" / ".verified.json").exists() for folder in folders)
+    path = sorted((folders[1] / "data").glob("*_train_*"))[1]
+    make.damage(path, "one byte flipped")
+    flags = flags_of("data", "new_log")
+    process = run_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault, check=False)
+    assert process.returncode == 1
+    assert re.search(rf"error: data/{path.name} has changed since .* \(rank 1 on .+\)", process.stderr)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_machine_without_data_is_named(two_machines, rank):
+    folders, fault = two_machines
+    shutil.rmtree(folders[rank] / "data")
+    process = run_script("torchrun", 2, "train_gpt2.py", *flags_of("data", "log"), fault=fault, check=False)
+    host = re.escape(socket.gethostname())
+    assert re.search(rf"error: no train shards in data: .* \(rank {rank} on {host}\)", process.stderr)
 
 
 def test_rank_0_may_take_longer_than_the_timeout_before_training(shards, tmp_path):
