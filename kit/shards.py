@@ -227,10 +227,13 @@ def read_manifest(data_dir):
     path = Path(data_dir) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise UserError(f"{path} is not fineweb_edu.py's, or another version's: its format is not "
+                            f"{FORMAT!r}; move it elsewhere, or name another --data_dir")
         manifest.setdefault("file_format", "npy")  # older manifests lack it
         needed = dict(source=dict, tokenizer=(str, dict), num_tokens=int, complete=bool, shards=list)
-        if manifest["format"] != FORMAT or not has(manifest, needed):
-            raise ValueError(f"it is not a manifest of {FORMAT!r}")
+        if not has(manifest, needed):
+            raise ValueError("a part of it is missing")
         if not all(has(shard, dict(file=str, split=str, tokens=int, bytes=int, digest=str))
                    for shard in manifest["shards"]):
             raise ValueError("it does not describe its shards")
@@ -245,6 +248,8 @@ def read_manifest(data_dir):
         return manifest
     except FileNotFoundError:
         return None
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} can't be used ({error!r}); prepare the data again") from error
 

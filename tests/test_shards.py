@@ -147,6 +147,18 @@ def test_a_shard_of_more_than_a_billion_ids_is_opened(tmp_path):
     assert open_bin(path).shape == (count,)
 
 
+@pytest.mark.parametrize("content", ['{"files": ["a.txt"]}', "[1]", '{"format": "theirs", "shards": []}'])
+def test_a_manifest_of_another_program_is_named_and_left_alone(shards, tmp_path, learned, content):
+    data = make.copy_shards(shards, tmp_path / "data", manifest=False)
+    (data / "manifest.json").write_text(content)
+    process = run_here(train_gpt2, *flags_of(data, tmp_path / "log"))
+    assert_refused(process, f"{data / 'manifest.json'} is not fineweb_edu.py's", "move it elsewhere")
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match="is not fineweb_edu.py's"):
+        prepare([tmp_path / "a.txt"], data, {}, learned)
+    assert (data / "manifest.json").read_text() == content
+
+
 def test_two_data_sets_in_one_directory_are_both_named(tmp_path):
     make.write_shards(tmp_path, "tiny_shakespeare", train=range(9), val=range(9))
     make.write_shards(tmp_path, "TinyStories", train=range(9))
