@@ -95,7 +95,7 @@ import hellaswag
 from checkpoint import Progress
 from kit import shards
 from kit.device import Precision, compile_model, name_of, out_of_memory, to_device, tune
-from kit.divergence import NOT_FINITE, skip_or_stop, watch_loss
+from kit.divergence import remedy, skip_or_stop, watch_loss
 from kit.files import UserError, count, first_line, run_script, unbreakable_output
 from kit.ranks import Ranks, StopRequested, StopSignal
 from kit.report import Report, explain_errors, waiting
@@ -442,7 +442,7 @@ def sample(step, args, raw_model, data, precision, ranks):
         with inference(raw_model, precision), tqdm.external_write_mode():
             print_samples(raw_model, data.tokenizer, args.sample_prompt, 4, 32, generator, top_k=50)
     except ValueError as error:
-        raise UserError(f"before step {step}: {error}. {NOT_FINITE}") from error
+        raise UserError(f"before step {step}: {error}. {remedy(precision)}") from error
 
 
 class Saver:
@@ -457,7 +457,7 @@ class Saver:
         path = self.run.log_dir / name
         if not all(p.isfinite().all() for p in self.raw_model.parameters()):
             raise UserError(f"before step {progress.step} the weights are not finite, no checkpoint was "
-                            f"saved. {NOT_FINITE}")
+                            f"saved. {remedy(self.precision)}")
         if self.ranks.is_first:
             self.run.sync_log()
             checkpoint.save(path, self.raw_model, progress, self.tokenizer, optimizer, identity=self.identity,

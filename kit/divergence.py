@@ -10,7 +10,12 @@ from kit.files import UserError
 
 SMOOTHING = 0.98  # of the training loss: a mean over about 50 steps
 RISE = 1.0  # nats above its minimum at which the smoothed loss has diverged
-NOT_FINITE = "Use --resume with --skip_bad_steps or --dtype float32, or start again with a lower --max_lr"
+
+
+def remedy(precision):
+    """What helps if a loss, gradient or weight is not finite, as a sentence. precision: that of the run."""
+    dtype = "" if precision.name == "float32" else " or --dtype float32"
+    return f"Use --resume with --skip_bad_steps{dtype}, or start again with a lower --max_lr"
 
 
 def watch_loss(progress, loss, args, num_tokens, ranks):
@@ -49,7 +54,7 @@ def skip_or_stop(progress, loss, norm, args, loader, raw_model, precision, run, 
         "; ".join(found) or "computed again one by one, all of its sequences are finite")
     if progress.skipped > args.skip_bad_steps:
         if found:  # it would happen again: the user has to decide
-            raise UserError(f"{description}. {NOT_FINITE}")
+            raise UserError(f"{description}. {remedy(precision)}")
         sys.exit(f"error: {description}. This is probably a hardware fault; continue with --resume")
     run.log(progress.step, skipped=progress.skipped)
     ranks.say(f"skipped: {description}")

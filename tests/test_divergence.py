@@ -21,7 +21,7 @@ from runs import (
 import checkpoint
 import train_gpt2
 from checkpoint import Progress
-from kit.divergence import watch_loss
+from kit.divergence import remedy, watch_loss
 from train_gpt2 import DataLoaderLite
 
 
@@ -58,6 +58,7 @@ def test_a_run_that_diverges_stops_and_saves_only_finite_weights(shards, tmp_pat
     flags = ["--max_lr", "1e30", "--warmup_steps", 0, "--save_every", save_every, "--val_every", 1]
     process = run_here(train_gpt2, *flags_of(shards, tmp_path / "log", *flags))
     assert_refused(process, "not finite" if "not finite" in process.stderr else "nan", "--max_lr")
+    assert "--dtype" not in process.stderr  # on a CPU the run is in float32 already
     assert re.search(r"step \d+ .*(nan|inf|not finite)", process.stderr)
     for path in checkpoint.numbered(tmp_path / "log"):
         assert_finite(checkpoint.load(path)[0])
@@ -70,6 +71,11 @@ def test_a_gradient_norm_that_overflows_is_the_users_to_mend(shards, tmp_path, s
     process = run_here(train_gpt2, *flags_of(shards, tmp_path / "log", *flags, "--skip_bad_steps", skip))
     assert_refused(process, "gradient norm inf at offset", "lower --max_lr")
     assert process.stdout.count("skipped: step") == skip
+
+
+def test_float32_is_recommended_to_runs_in_sixteen_bits():
+    for name in ("bfloat16", "float16", "float32"):
+        assert ("--dtype float32" in remedy(SimpleNamespace(name=name))) == (name != "float32")
 
 
 def watched(losses, warmup_steps=10, stop=False):
