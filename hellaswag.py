@@ -125,11 +125,12 @@ def check_example(row, place):
         raise UserError(f"{place}: ctx must be text, not {context!r}")
     if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(e, str) for e in endings):
         raise UserError(f"{place}: endings must be four texts, not {endings!r:.80}")
-    if label is None or label == "":
-        raise UserError(f"{place}: no label. HellaSwag's test split has none: use the validation split")
-    if str(label) not in ("0", "1", "2", "3"):  # the hub stores labels as text
+    if str(label) in ("None", "", "-1", "-1.0"):
+        raise UserError(f"{place}: no label ({label!r}). HellaSwag's test split has none: use the validation "
+                        "split")
+    if not re.fullmatch(r"[0-3](\.0)?", str(label)):  # the hub stores labels as text, a data frame as floats
         raise UserError(f"{place}: label must be 0, 1, 2 or 3, not {label!r}")
-    return {**row, "label": int(label)}
+    return {**row, "label": int(float(label))}
 
 
 def require_fields(examples, path, names, flag):

@@ -228,10 +228,12 @@ GOOD = json.dumps(make.ROW)
     ("<!DOCTYPE html>", "not JSON"), (GOOD[:-9], "not JSON"), ("[1]", "not a HellaSwag example"),
     (GOOD.replace('"d"', '"d", "e"'), "four texts"), (GOOD.replace(', "d"', ""), "four texts"),
     (GOOD.replace(', "label": 1', ""), "test split"), (GOOD.replace("1}", '""}'), "test split"),
+    (GOOD.replace("1}", "-1}"), "no label .-1.*test split"), (GOOD.replace("1}", '"-1"}'), "test split"),
+    (GOOD.replace("1}", "1.5}"), "must be 0, 1, 2 or 3, not 1.5"),
     (GOOD.replace("1}", "7}"), "label"), (GOOD.replace("1}", "true}"), "label"),
     (GOOD.replace("A man", ""), "ctx"),
-], ids=["html", "cut off", "no object", "five endings", "three endings", "no label", "empty label", "label 7",
-        "label true", "empty ctx"])
+], ids=["html", "cut off", "no object", "five endings", "three endings", "no label", "empty label",
+        "label -1", "label '-1'", "label 1.5", "label 7", "label true", "empty ctx"])
 def test_a_damaged_hellaswag_file_is_refused_with_the_line(tmp_path, line, words):
     (tmp_path / "data.jsonl").write_text(f"{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(UserError, match=f"data.jsonl:2: .*{words}"):
@@ -327,8 +329,8 @@ def test_a_tokenizer_in_the_data_directory_is_used_or_left_alone(tmp_path, learn
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.parquet"])
 def test_hellaswag_is_read_from_the_files_that_people_have(tmp_path, name):
     """Labels as numbers or text, a byte order mark, blank lines, gzip, the hub's parquet."""
-    rows = [{**make.ROW, "label": str(label) if name == "data.parquet" or label % 2 else label}
-            for label in range(4)]
+    labels = map(str, range(4)) if name == "data.parquet" else (0, "1", 2.0, "3.0")
+    rows = [{**make.ROW, "label": label} for label in labels]
     if name == "data.parquet":
         (tmp_path / name).write_bytes(make.parquet_bytes(rows))
     else:
