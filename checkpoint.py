@@ -316,7 +316,8 @@ def resolve(source):
     A log directory means its newest valid checkpoint. Raises UserError if it is none of these.
     """
     path = Path(source)
-    if str(source) in GPT2_SIZES or (path / "config.json").is_file() or path.is_file():
+    theirs = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if str(source) in GPT2_SIZES or theirs or path.is_file():
         return str(source)
     if (path / "meta.json").is_file() or path.exists() and NAME.match(path.name):
         return path

@@ -56,6 +56,8 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)  # 
 # the remedy for a model that is not found
 MODELS = ("name a log directory (python train_gpt2.py writes one), a checkpoint in it, a Hugging Face "
           "directory, gpt2, ..., gpt2-xl, or another GPT-2 of the hub (OWNER/NAME)")
+ADAPTER = ("the adapter of a fine-tune (PEFT, for example LoRA), not a whole model: merge it with PEFT's "
+           "merge_and_unload(), save the result in another directory, and name that")
 # how Hugging Face names the GELUs of GPTConfig
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 
@@ -113,6 +115,8 @@ def read_gpt2(source):
     Raises UserError if it can't be found or downloaded, or computes something else than this GPT would.
     """
     directory = locate(source)  # before the import, which takes seconds
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(f"{source} is {ADAPTER}")
     from transformers import AutoConfig, GPT2LMHeadModel
     from transformers.utils import logging
 
@@ -131,9 +135,13 @@ def read_gpt2(source):
             raise UserError(f"{source} has {name}={getattr(config, name)!r}, GPT-2 has {expected[0]!r}: run "
                             "this model with transformers")
 
-    shape = dict(block_size=config.n_positions, vocab_size=config.vocab_size, n_layer=config.n_layer,
-                 n_head=config.n_head, n_embd=config.n_embd, gelu=GELUS[config.activation_function])
+    # without its tokenizer, each row counts as a token, as in transformers
+    shape = dict(block_size=config.n_positions, vocab_size=config.vocab_size, num_tokens=config.vocab_size,
+                 n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+                 gelu=GELUS[config.activation_function])
     theirs, info = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    if any(".lora_" in name for name in info["unexpected_keys"]):
+        raise UserError(f"{source} is {ADAPTER}")
     # transformers fills in missing tensors with random numbers, and leaves out layers beyond n_layer
     missing = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])} - {"lm_head.weight"})
     if missing:

@@ -18,7 +18,7 @@ import fineweb_edu
 import sample
 from checkpoint import check_tokenizer, export, load_model, load_model_and_tokenizer
 from kit.files import UserError
-from model import GPTConfig
+from model import GPT, GPTConfig
 from tokenizer import get_tokenizer, special_tokens
 
 TEXTS = ["The tréś was <user>  12345 o'clock,\n\n\tit's  e\u0301 ﬁ\u00a0½",
@@ -269,6 +269,29 @@ def test_more_layers_than_the_config_has_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "n_layer": 1}))
     with pytest.raises(UserError, match=r"has .*h\.1\..*n_layer=1"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["an adapter", "an adapter beside a config.json", "tensors among others"])
+def test_an_adapter_is_named_as_one(tmp_path, how):
+    if how != "an adapter":
+        theirs = write_model(tmp_path)
+    if how == "tensors among others":
+        name = "base_model.model.transformer.h.0.attn.c_attn.lora_A.default.weight"
+        state = {f"base_model.model.{name}": tensor.clone() for name, tensor in theirs.state_dict().items()}
+        safetensors.torch.save_file({**state, name: torch.zeros(8, 16)}, tmp_path / "model.safetensors")
+    else:
+        (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    process = run_here(sample, "-m", tmp_path, "-d", "cpu", "-p", "x")
+    assert_refused(process, f"{tmp_path} is the adapter of a fine-tune", "merge_and_unload()")
+
+
+def test_a_model_whose_vocabulary_was_extended_gives_all_its_tokens(tmp_path):
+    theirs = write_model(tmp_path, 50260)
+    model, idx = GPT.from_pretrained(tmp_path), torch.tensor([[50258, 5, 50259]])
+    assert model.config.num_tokens == 50260
+    with torch.no_grad():
+        expected = theirs(idx, labels=idx).loss
+        assert abs(model(idx[:, :-1], idx[:, 1:])[1] - expected) < 1e-4
 
 
 def test_a_model_with_the_exact_gelu_is_computed_and_exported_with_it(tmp_path, other_bpe):
