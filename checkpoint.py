@@ -66,7 +66,7 @@ from kit.files import (
 )
 from kit.optim import load_state, state_tensors
 from model import GPT, GPT2_SIZES, GPTConfig
-from tokenizer import get_tokenizer, ordinary_tokens, special_tokens
+from tokenizer import END_OF_TEXT, get_tokenizer, ordinary_tokens, special_tokens, without_tokens
 
 FORMAT = "gpt2 checkpoint, version 1"
 NAME = re.compile(r"ckpt_(\d{6,})$")
@@ -377,12 +377,21 @@ def tokenizer_path(source):
 
 
 def load_model_and_tokenizer(source, device="cpu"):
-    """The GPT that `source` names, as `load_model`, and its tiktoken.Encoding. Raises UserError."""
+    """The GPT that `source` names, as `load_model`, and its tiktoken.Encoding. Raises UserError.
+
+    Special tokens that the model has no embedding for are left out, with a line.
+    """
     source = resolve(source)
     model, tokenizer = load_model(source, device), get_tokenizer(tokenizer_path(source))
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} ids, the model only "
-                        f"{model.config.vocab_size}; put the tokenizer.json it was trained with next to it")
+    rows = model.config.vocab_size
+    lacking = [token for token, i in special_tokens(tokenizer).items() if i >= rows]
+    if tokenizer.n_vocab - len(lacking) > rows or END_OF_TEXT in lacking:
+        raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} ids, the model only {rows}; put "
+                        "the tokenizer.json it was trained with next to it")
+    if lacking:  # a tokenizer was given a [PAD], for example, and the model was not resized
+        print(f"{source}: the model has no embedding for {', '.join(lacking)} of its tokenizer: left out",
+              file=sys.stderr)
+        tokenizer = without_tokens(tokenizer, lacking)
     model.config.num_tokens = tokenizer.n_vocab  # a Hugging Face config doesn't tell tokens from padding
     return model, tokenizer
 

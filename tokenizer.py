@@ -178,6 +178,15 @@ def special_tokens(encoding):
     return dict(sorted(ids.items(), key=lambda item: item[1]))
 
 
+def without_tokens(encoding, tokens):
+    """The Encoding without some of its special tokens, which must have the highest ids."""
+    import tiktoken
+
+    special = {token: i for token, i in special_tokens(encoding).items() if token not in tokens}
+    return tiktoken.Encoding(encoding.name, pat_str=encoding._pat_str, special_tokens=special,
+                             mergeable_ranks=encoding._mergeable_ranks)
+
+
 def ordinary_tokens(encoding):
     """The tokens of an Encoding that text is made of, all but the special ones: {id: bytes}."""
     special = set(special_tokens(encoding).values())

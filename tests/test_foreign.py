@@ -221,6 +221,31 @@ def test_added_tokens_travel_through_a_fine_tune_and_its_export(tmp_path, learne
         check_tokenizer(tmp_path / "hf", other_encoding, shards, said.append)
 
 
+@pytest.mark.parametrize("rows, kept", [(512, []), (513, ["[PAD]"]), (514, ["[PAD]", "<user>"])])
+def test_special_tokens_without_an_embedding_are_left_out(tmp_path, learned, capsys, rows, kept):
+    """Many fine-tunes add a [PAD] to the tokenizer and leave the model as it was."""
+    write_model(tmp_path / "hf", rows, dict(eos_token_id=511))
+    add_tokens(tmp_path / "hf", tokenizers.Tokenizer.from_file(learned), "[PAD]", "<user>")
+    model, tokenizer = load_model_and_tokenizer(tmp_path / "hf")
+    lacking = ", ".join(token for token in ("[PAD]", "<user>") if token not in kept)
+    assert capsys.readouterr().err == (f"{tmp_path / 'hf'}: the model has no embedding for {lacking} of its "
+                                       "tokenizer: left out\n" if lacking else "")
+    assert list(special_tokens(tokenizer)) == ["<|endoftext|>", *kept]
+    assert model.config.num_tokens == tokenizer.n_vocab == rows
+    ids = sample.encode_prompt("a [PAD]<user>", tokenizer)
+    assert ids.max() < rows and tokenizer.decode(ids[0].tolist()) == "a [PAD]<user>"
+    export(tmp_path / "hf", tmp_path / "out")
+    assert_same_ids(tmp_path / "out", tokenizer)
+    assert load_model_and_tokenizer(tmp_path / "out")[1].n_vocab == rows
+
+
+def test_an_end_of_text_without_an_embedding_is_refused(tmp_path, learned):
+    write_model(tmp_path / "hf", 511)
+    add_tokens(tmp_path / "hf", tokenizers.Tokenizer.from_file(learned), "[PAD]")
+    with pytest.raises(UserError, match="its tokenizer has 513 ids, the model only 511"):
+        load_model_and_tokenizer(tmp_path / "hf")
+
+
 def test_a_batch_of_prompts_goes_through_the_exported_pipeline(tmp_path, small_run):
     export(small_run, tmp_path / "hf")
     generate = transformers.pipeline("text-generation", str(tmp_path / "hf"), device="cpu")
