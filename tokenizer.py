@@ -103,12 +103,26 @@ def read_directory(path):
     for option in ("add_prefix_space", "add_bos_token", "add_eos_token"):
         if settings.get(option):
             raise ValueError(f"its tokenizer_config.json sets {option}")
-    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    more = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
-    for token, i in (more | read_json(path / "added_tokens.json")).items():
-        if added.setdefault(token, i) != i:
-            raise ValueError(f"its files give {token!r} two ids, {added[token]} and {i}")
-    return {**spec, "added_tokens": [{"content": token, "id": i} for token, i in added.items()]}
+    # tokens with a role, such as pad_token: special ones, as texts or with their properties
+    roles = {}
+    for role, value in (*settings.items(), *read_json(path / "special_tokens_map.json").items()):
+        if role.endswith(("_token", "_special_tokens")):
+            for token in value if isinstance(value, list) else [value]:
+                token = token if isinstance(token, dict) else {"content": token}
+                roles[token.get("content")] = token
+    added = [*spec["added_tokens"],
+             *({**token, "id": int(i)} for i, token in settings.get("added_tokens_decoder", {}).items())]
+    known = {token["content"] for token in added}
+    added += [{"content": token, "id": i, "special": token in known}  # this file has no properties
+              for token, i in read_json(path / "added_tokens.json").items()]
+    ids = {}
+    for token in added:
+        i = ids.setdefault(token["content"], token["id"])
+        if i != token["id"]:
+            raise ValueError(f"its files give {token['content']!r} two ids, {i} and {token['id']}")
+    added += [{**token, "id": ids[content]} for content, token in roles.items() if content in ids]
+    return {**spec, "added_tokens": [
+        {**token, "special": token.get("special", True) or token["content"] in roles} for token in added]}
 
 
 def build_encoding(name, spec):
@@ -131,6 +145,11 @@ def build_encoding(name, spec):
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     joined = ["".join(pair) for pair in pairs]
     made = {*byte_symbols(), *joined}
+    for token in spec["added_tokens"]:  # here, no text becomes one, and the spaces beside it stay
+        odd = next((flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)), None)
+        if odd or not token.get("special", True):
+            raise ValueError(f"its added token {token['content']!r} " + (
+                f"has {odd}" if odd else "is not special; if it never stands in a text, mark it as special"))
     special = {token["content"]: token["id"] for token in spec["added_tokens"]}
     if special.keys() & made:
         raise ValueError(f"its added token {min(special.keys() & made)!r} is an ordinary token too")

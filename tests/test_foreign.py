@@ -162,6 +162,41 @@ def test_settings_beside_the_vocabulary_are_not_ignored(tmp_path, other_bpe, fil
         get_tokenizer(str(tmp_path))
 
 
+def added(**flags):
+    return {"content": "<pad>", "special": True, **flags}
+
+
+@pytest.mark.parametrize("files, reason", [
+    ({"tokenizer": added(lstrip=True)}, "has lstrip"), ({"tokenizer": added(rstrip=True)}, "has rstrip"),
+    ({"tokenizer": added(single_word=True)}, "has single_word"),
+    ({"tokenizer": added(special=False)}, "is not special"),
+    ({"tokenizer_config": {"added_tokens_decoder": {"1": added(lstrip=True)}}}, "has lstrip"),
+    ({"tokenizer_config": {"added_tokens_decoder": {"1": added(special=False)}}}, "is not special"),
+    ({"special_tokens_map": {"mask_token": added(lstrip=True)}}, "has lstrip"),
+    ({"special_tokens_map": {"additional_special_tokens": [added(rstrip=True)]}}, "has rstrip"),
+    ({"added_tokens": {"<user>": 600}}, "'<user>' is not special"),
+    # these make no difference
+    ({"tokenizer": added(normalized=True)}, None),  # there is no normalizer
+    ({"tokenizer": added(special=False), "special_tokens_map": {"pad_token": "<pad>"}}, None),
+    ({"added_tokens": {"<user>": 600},
+      "special_tokens_map": {"additional_special_tokens": ["<user>"]}}, None),
+    ({"added_tokens": {"<pad>": 1}}, None),
+])
+def test_properties_of_added_tokens_are_not_ignored(tmp_path, other_bpe, files, reason):
+    """They decide which texts become the token, and which spaces beside it are dropped."""
+    spec = json.loads(other_bpe.to_str())
+    spec["added_tokens"][1] |= files.get("tokenizer", {})
+    for name, content in {**files, "tokenizer": spec}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    if reason:
+        with pytest.raises(UserError, match=reason) as refusal:
+            get_tokenizer(str(tmp_path))
+        assert "\n" not in str(refusal.value)
+    else:
+        write_model(tmp_path, 601)
+        assert_same_ids(tmp_path, get_tokenizer(str(tmp_path)))
+
+
 def test_only_a_directory_without_any_tokenizer_file_has_gpt2s(tmp_path, other_bpe, gpt2_tokenizer, capsys):
     write_model(tmp_path / "hf", 50257)
     assert load_model_and_tokenizer(tmp_path / "hf")[1] is gpt2_tokenizer
