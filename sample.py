@@ -13,6 +13,7 @@ import codecs
 import contextlib
 import importlib
 import sys
+import threading
 from pathlib import Path
 
 from kit.flags import MODEL, Parser, from_command_line, integer
@@ -28,6 +29,7 @@ HELP = """/temp 0.7    temperature; 0 always takes the most likely token
 /seed 1      the same prompts give the same texts again
 Ctrl-C stops a text; exit, quit or Ctrl-D leaves"""
 PROMPT = "Hello, I'm a language model,"
+PATIENCE = 1  # seconds without a prompt on standard input after which that is said
 
 
 def parse_args(argv=None):
@@ -102,14 +104,19 @@ def read_prompt(prompt):
 
     The newline with which editors and `echo` end a text is not part of it.
     """
+    hint = "waiting for a prompt on standard input, up to its end; -p TEXT gives it instead"
+    timer = threading.Timer(PATIENCE, print, [hint], dict(file=sys.stderr, flush=True))
     try:
         if prompt is None:
+            timer.start()
             return sys.stdin.read().removesuffix("\n") or PROMPT
         if prompt.startswith("@"):
             return Path(prompt[1:]).read_text(encoding="utf-8-sig").removesuffix("\n")
         return prompt
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"-p {prompt or 'from a pipe'} can't be read as text ({error})") from error
+    finally:
+        timer.cancel()
 
 
 def typed_prompts(settings, generator):

@@ -274,6 +274,15 @@ def test_a_piped_text_is_the_prompt(small_run):
         assert (process.returncode, process.stdout) == (0, prompt + "\n")
 
 
+def test_a_standard_input_that_gives_nothing_is_said(small_run):
+    """As under a service, whose standard input may stay open for ever."""
+    command = [sys.executable, "sample.py", "-m", small_run, "-d", "cpu", "--max_new_tokens", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert "waiting for a prompt on standard input" in (line := process.stderr.readline()) and "-p" in line
+    assert process.communicate("Once") == ("Once\n", "")
+
+
 def test_a_notebook_can_run_the_scripts(small_run):
     """%run replaces sys.stdout with a stream that can't be reconfigured."""
     class Cell:
