@@ -10,28 +10,14 @@ If a preparation is interrupted, the same command continues after the last compl
 bytes. FineWeb-Edu: https://arxiv.org/abs/2406.17557
 """
 
-import contextlib
-import importlib.metadata
-import json
-import multiprocessing
 import os
-import shutil
-import signal
-import sys
-import threading
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
-from kit import formats, shards, sources
-from kit.files import UserError, atomic_write, digest, locked, run_script
 from kit.flags import Parser, from_command_line, integer
-from kit.sources import DATASETS, HUB_ADDRESS, TEXTS
-from tokenizer import encode_text, get_fast_tokenizer, get_tokenizer, rank_lines, train
 
 
 def parse_args(argv=None):
+    from kit import formats, sources  # here, because Ctrl-C is quiet from here on
+
     parser = Parser(
         description="Tokenize FineWeb-Edu, another hub dataset or local files into uint16 shards.",
         usage="python fineweb_edu.py [--input FILE ... | --dataset NAME --name CONFIG | --verify DIR] "
@@ -42,7 +28,8 @@ def parse_args(argv=None):
                         help=f"local files ({formats.FORMATS}), directories of them, quoted patterns, "
                              "or - for standard input")
     source.add_argument("--dataset", default="fineweb-edu",
-                        help=f"{', '.join((*DATASETS, *TEXTS))}, or any dataset of the Hugging Face hub")
+                        help=f"{', '.join((*sources.DATASETS, *sources.TEXTS))}, or any dataset of the "
+                             "Hugging Face hub")
     source.add_argument("--verify", metavar="DIR", help="check the shards of a directory by its manifest")
     parser.add_argument("--name", help="the dataset's configuration, for example sample-10BT or sample-100BT")
     parser.add_argument("--revision", help="commit, branch or tag of the dataset")
@@ -61,17 +48,38 @@ def parse_args(argv=None):
     if args.format == "bin" and args.shard_size >= 2**31:
         parser.error("argument --shard_size: a .bin file counts its ids in 31 bits")
     for flag in ("name", "revision"):
-        if getattr(args, flag) and (args.input or args.dataset in TEXTS):
+        if getattr(args, flag) and (args.input or args.dataset in sources.TEXTS):
             parser.error(f"argument --{flag}: only for a --dataset of the hub")
     formats.check_flags(parser, args, args.input or ())
     if args.data_dir is None:
         name = sources.name_of(args.input[0]) if args.input else args.dataset.rpartition("/")[2]
         args.data_dir = "edu_fineweb10B" if name == "fineweb-edu" and not args.input else f"data/{name}"
-    if args.dataset in DATASETS:
-        args.dataset, name, revision = DATASETS[args.dataset]
+    if args.dataset in sources.DATASETS:
+        args.dataset, name, revision = sources.DATASETS[args.dataset]
         args.name, args.revision = args.name or name, args.revision or revision
     return args
 
+
+if __name__ == "__main__":
+    args = from_command_line(parse_args)
+
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import shutil
+import signal
+import sys
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from kit import formats, shards, sources
+from kit.files import UserError, atomic_write, digest, locked, run_script
+from kit.sources import HUB_ADDRESS, TEXTS
+from tokenizer import encode_text, get_fast_tokenizer, get_tokenizer, rank_lines, train
 
 # encoding
 
@@ -408,4 +416,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, from_command_line(parse_args))
+    run_script(main, args)

@@ -5,32 +5,12 @@
 All are a `tiktoken.Encoding`, and the rest of the program treats them alike.
 """
 
-import functools
-import json
-import re
-import tempfile
-import threading
-from base64 import b64encode
-from pathlib import Path
-
-from kit import formats, sources
-from kit.files import UserError, atomic_write, check_output, run_script
 from kit.flags import Parser, from_command_line, integer
-from kit.formats import END_OF_TEXT
-
-# A text is cut before the last character of a run of white space this long. GPT-2's words end there anyway,
-# but the regular expressions of tiktoken panic at a run of a million characters
-LONGEST_RUN = 100_000
-SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # \s in tiktoken's pattern
-LONG_RUN = re.compile(f"(?<!{SPACE}){SPACE}{{{LONGEST_RUN},}}")
-RENEW_AFTER = 1000  # calls after which a thread gets a new gigatoken: 4 GB of fineweb_edu.py's text
-per_thread = threading.local()  # by tokenizer: the thread's gigatoken, and how often it was used
-# a text that both libraries must encode alike: spaces, digits, contractions, two forms of é, many scripts
-PROBE = (" The  year 1984: it's We'LL don't\n\n\t  x = 3.14;\r\n café cafe\u0301 ﬁ ½\u00a0\u2003русский "
-         "中文 عربي हिन्दी 한국어 🙂\u200d   ")
 
 
 def parse_args(argv=None):
+    from kit import formats  # here, because Ctrl-C is quiet from here on
+
     parser = Parser(description="Learn a byte-level BPE from your own text.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train", help="learn a tokenizer from files")
@@ -44,6 +24,33 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     formats.check_flags(parser, args, args.files)
     return args
+
+
+if __name__ == "__main__":
+    args = from_command_line(parse_args)
+
+import functools
+import json
+import re
+import tempfile
+import threading
+from base64 import b64encode
+from pathlib import Path
+
+from kit import formats, sources
+from kit.files import UserError, atomic_write, check_output, run_script
+from kit.formats import END_OF_TEXT
+
+# A text is cut before the last character of a run of white space this long. GPT-2's words end there anyway,
+# but the regular expressions of tiktoken panic at a run of a million characters
+LONGEST_RUN = 100_000
+SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # \s in tiktoken's pattern
+LONG_RUN = re.compile(f"(?<!{SPACE}){SPACE}{{{LONGEST_RUN},}}")
+RENEW_AFTER = 1000  # calls after which a thread gets a new gigatoken: 4 GB of fineweb_edu.py's text
+per_thread = threading.local()  # by tokenizer: the thread's gigatoken, and how often it was used
+# a text that both libraries must encode alike: spaces, digits, contractions, two forms of é, many scripts
+PROBE = (" The  year 1984: it's We'LL don't\n\n\t  x = 3.14;\r\n café cafe\u0301 ﬁ ½\u00a0\u2003русский "
+         "中文 عربي हिन्दी 한국어 🙂\u200d   ")
 
 
 @functools.cache
@@ -365,4 +372,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, from_command_line(parse_args))
+    run_script(main, args)
