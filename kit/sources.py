@@ -1,6 +1,7 @@
 """Where texts come from: local files, the Hugging Face hub, and Python's own documentation."""
 
 import ast
+import contextlib
 import glob
 import os
 import platform
@@ -146,11 +147,15 @@ def hub_files(dataset, name, revision=None):
     Raises UserError if there is no network, no such dataset or configuration, or a file of another format.
     """
     from datasets import load_dataset_builder
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
+        if not Path(dataset).exists():
+            with contextlib.suppress(HfHubHTTPError):  # an answer: the hub is there
+                find_on_hub(dataset, revision)
         builder = retried(load_dataset_builder, dataset, name, revision=revision)
         data_files = builder.config.data_files or {}
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the hub's libraries raise many types
         raise UserError(f"--dataset {dataset}: {first_line(error)}. "
                         "Without network, --input takes local files") from error
     if "train" not in data_files:
@@ -159,6 +164,13 @@ def hub_files(dataset, name, revision=None):
     for path in data_files["train"]:
         check_format(path)
     return list(data_files["train"])
+
+
+def find_on_hub(dataset, revision):
+    """Ask the hub for a dataset: without a network this fails at once, a download after half a minute."""
+    from huggingface_hub import HfApi
+
+    retried(HfApi().repo_info, dataset, repo_type="dataset", revision=revision, timeout=HUB_TIMEOUT)
 
 
 def fetch_text(name, data_dir):
@@ -180,7 +192,7 @@ def local_file(address, remedy="the same command continues from here"):
     match = HUB_ADDRESS.match(address)
     if not match:
         return address
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     repository, revision, path = match.groups()
     where = dict(repo_type="dataset", revision=revision)
@@ -188,8 +200,7 @@ def local_file(address, remedy="the same command continues from here"):
     if isinstance(cached, str):
         return cached
     try:
-        # without a network this fails at once; the download itself would retry for half a minute
-        retried(HfApi().repo_info, repository, timeout=HUB_TIMEOUT, **where)
+        find_on_hub(repository, revision)
         return retried(hf_hub_download, repository, path, **where)
     except Exception as error:  # the hub's library raises many types
         raise UserError(f"{address} can't be downloaded ({first_line(error)}); {remedy}") from error

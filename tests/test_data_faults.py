@@ -216,9 +216,10 @@ def test_a_hub_that_is_busy_and_breaks_off_is_asked_again(tmp_path, texts, learn
         assert process.returncode == 2, process.stderr
         assert re.match(r"error: hf://.* can't be downloaded", last)
         assert len(retries) == 5 and not list((tmp_path / "cache").rglob("*.parquet"))
-    process = run_script(*command, tmp_path / "other", check=False, **settings)
-    assert process.returncode == 2 and "Without network, --input" in process.stderr.splitlines()[-1]
-    assert not (tmp_path / "other").exists()
+    for name in (hub.REPOSITORY, "someone/mistyped"):  # the server is gone
+        process = run_script(*command, tmp_path / "other", "--dataset", name, check=False, **settings)
+        assert_refused(process, f"--dataset {name}", "Without network, --input")
+        assert not (tmp_path / "other").exists()
 
 
 GOOD = json.dumps(make.ROW)
