@@ -46,6 +46,7 @@ from kit.formats import END_OF_TEXT
 LONGEST_RUN = 100_000
 SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # \s in tiktoken's pattern
 LONG_RUN = re.compile(f"(?<!{SPACE}){SPACE}{{{LONGEST_RUN},}}")
+LONGEST_WORD = 10_000  # bytes; a tokenizer is trained on the pieces of longer ones
 RENEW_AFTER = 1000  # calls after which a thread gets a new gigatoken: 4 GB of fineweb_edu.py's text
 per_thread = threading.local()  # by tokenizer: the thread's gigatoken, and how often it was used
 # a text that both libraries must encode alike: spaces, digits, contractions, two forms of é, many scripts
@@ -302,11 +303,14 @@ def train(texts, vocab_size, path):
     if not 257 <= vocab_size <= 65536:
         raise UserError(f"--vocab_size must be between 257 and 65536, not {vocab_size}")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # the trainer's time grows with the square of a word: a run of a million blanks would take hours
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([splitter, pre_tokenizers.FixedLength(LONGEST_WORD)])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
+    bpe.pre_tokenizer = splitter
     if vocab_size > 257 and bpe.get_vocab_size() == 256:
         raise UserError("no tokenizer can be learned: no pair of bytes occurs twice in the text")
 
