@@ -92,7 +92,8 @@ def test_a_run_in_a_thread(shards, whole, tmp_path):
 @pytest.mark.parametrize("command", [
     ["train_gpt2.py"], ["hellaswag.py"], ["sample.py"], ["plot.py", "log"], ["app.py"], ["bench.py", "start"],
     ["checkpoint.py", "list", "log"], ["compare.py", "a.txt", "b.txt"],
-    ["fineweb_edu.py", "--input", "README.md"], ["tokenizer.py", "train", "README.md", "--out", "/nowhere/t.json"],
+    ["fineweb_edu.py", "--input", "README.md"],
+    ["tokenizer.py", "train", "README.md", "--out", "/nowhere/t.json"],
 ])
 def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path, command):
     """The stand-in interrupts the first import that a script makes of one of these modules."""
