@@ -10,6 +10,7 @@ run; on a CPU the result is bit-identical. Read `train` first; the functions abo
 """
 
 import argparse
+import os
 
 from kit import recipe
 from kit.flags import MODEL, Parser, from_command_line, integer, number, parse_with_configs
@@ -70,6 +71,8 @@ def parse_args(argv=None):
     for flag in ("block_size", "val_tokens"):
         if getattr(args, flag) < args.sequence_length:
             parser.error(f"argument --{flag}: less than --sequence_length {args.sequence_length}")
+    if args.demo_data and os.path.realpath(args.log_dir) == os.path.realpath(args.data_dir):  # two locks
+        parser.error(f"argument --log_dir: {args.log_dir} is the directory of the data; name another one")
     return args
 
 

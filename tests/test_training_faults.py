@@ -457,6 +457,12 @@ def test_a_log_directory_that_can_not_be_written_is_refused(shards, tmp_path):
     assert process.stdout == ""
 
 
+def test_the_demo_in_one_directory_with_its_data_is_refused(tmp_path):
+    """It would wait for its own lock."""
+    both = ["--demo_data", "--data_dir", tmp_path, "--log_dir", f"{tmp_path}/."]
+    assert_refused(run_here(train_gpt2, *both), "--log_dir", "name another one")
+
+
 def test_a_second_run_on_one_log_directory_is_refused(shards, tmp_path):
     """The lock of a killed run is gone, although a child of it still runs."""
     flags = flags_of(shards, tmp_path / "log", *ENDLESS)
