@@ -83,15 +83,16 @@ for (const type of ["mouseover", "mouseleave", "focusin", "focusout"])
 def parse_args(argv=None):
     parser = Parser(
         description="A web page that continues prompts with a GPT-2, published or your own.",
-        usage="python app.py [-m MODEL] [-d DEVICE] [--host NAME] [--port PORT]",
+        usage="python app.py [-m MODEL] [-d DEVICE] [--host NAME] [--port N]",
+        aliases={"--model_type": "--model"},
     )
-    parser.add_argument("-m", "--model_type", metavar="MODEL",
+    parser.add_argument("-m", "--model",
                         help=f"{MODEL} (default: the newest run among log*; in a Hugging Face Space, gpt2)")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
-    parser.add_argument("--host", help="0.0.0.0 lets other machines open the page "
-                                       "(default: GRADIO_SERVER_NAME, or 127.0.0.1)")
+    parser.add_argument("--host", metavar="NAME", help="0.0.0.0 lets other machines open the page "
+                                                       "(default: GRADIO_SERVER_NAME, or 127.0.0.1)")
     parser.add_argument("--port", type=integer(1, 65535),
-                        help="(default: GRADIO_SERVER_PORT, or the first free one from 7860 on)")
+                        help="port of the page (default: GRADIO_SERVER_PORT, or the first free from 7860)")
     return parser.parse_args(argv)
 
 
@@ -208,7 +209,7 @@ def serve(model, tokenizer, name, facts, **settings):
 
 
 def main(args):
-    device, source = pick_device(args.device), args.model_type
+    device, source = pick_device(args.device), args.model
     if source is None:  # a Space starts the script without flags
         source = "gpt2" if "SPACE_ID" in os.environ else newest_run()
     source = resolve(source)

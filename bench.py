@@ -30,14 +30,17 @@ def parse_args(argv=None):
     parser = Parser(
         description="Measure this project, its peers and the machine's limit.",
         usage="python bench.py {train,hellaswag,sample,data,start,all} [--flag value ...]",
+        aliases={"--text": "--input"},
     )
-    parser.add_argument("part", choices=(*PARTS, "all"))
-    parser.add_argument("--device", help="cuda or cpu (default: auto-detected)")
+    parser.add_argument("part", choices=(*PARTS, "all"), help="what to measure")
+    parser.add_argument("-d", "--device", help="cuda or cpu (default: auto-detected)")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=DIR",
                         help="a checkout of nanoGPT or build-nanogpt")
-    parser.add_argument("--rounds", type=integer(1), default=3, help="per comparison; at most 3 for the data")
-    parser.add_argument("--hellaswag_data", metavar="FILE", help="examples (default: downloaded)")
-    parser.add_argument("--text", nargs="+", metavar="FILE",
+    parser.add_argument("--rounds", type=integer(1), default=3,
+                        help="rounds per comparison; at most 3 for the data")
+    parser.add_argument("--hellaswag_data", metavar="FILE",
+                        help="local HellaSwag examples (default: downloaded)")
+    parser.add_argument("--input", nargs="+", metavar="FILE",
                         help=".parquet files with a column text (default: text of the installed packages)")
     parser.add_argument("--json", metavar="OUT", help="write all numbers to this file")
     args = parser.parse_args(argv)
@@ -48,7 +51,7 @@ def parse_args(argv=None):
                                                                 else "model.py").is_file():
             parser.error(f"argument --peer: {peer}: must be nanoGPT=DIR or build-nanogpt=DIR")
         args.peers[name] = directory
-    for flag, paths in (("hellaswag_data", [args.hellaswag_data]), ("text", args.text or [])):
+    for flag, paths in (("hellaswag_data", [args.hellaswag_data]), ("input", args.input or [])):
         for path in paths:  # now, not after half an hour of other parts
             if path and not Path(path).is_file():
                 parser.error(f"argument --{flag}: {path}: no such file")
@@ -483,7 +486,7 @@ def bench_data(args):
     import pyarrow.parquet
 
     with tempfile.TemporaryDirectory() as directory:
-        files = args.text
+        files = args.input
         if not files:
             texts = peers.package_texts(3 * 10**8)
             columns = {"text": texts} | {name: [f"{name} of a page"] * len(texts) for name in (

@@ -20,30 +20,29 @@ def parse_args(argv=None):
 
     parser = Parser(
         description="Tokenize FineWeb-Edu, another hub dataset or local files into uint16 shards.",
-        usage="python fineweb_edu.py [--input FILE ... | --dataset NAME --name CONFIG | --verify DIR] "
-              "[--flag value ...]",
+        usage="python fineweb_edu.py [--input FILE ... | --dataset NAME | --verify DIR] [--flag value ...]",
+        aliases={"--val_tokens": "--val_size"},
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--input", nargs="+", metavar="FILE",
-                        help=f"local files ({formats.FORMATS}), directories of them, quoted patterns, "
-                             "or - for standard input")
-    source.add_argument("--dataset", default="fineweb-edu",
+    group = parser.add_argument_group("text")
+    source, add = group.add_mutually_exclusive_group(), group.add_argument
+    source.add_argument("--input", nargs="+", metavar="FILE", help=formats.INPUT)
+    source.add_argument("--dataset", metavar="NAME", default="fineweb-edu",
                         help=f"{', '.join((*sources.DATASETS, *sources.TEXTS))}, or any dataset of the "
                              "Hugging Face hub")
-    source.add_argument("--verify", metavar="DIR", help="check the shards of a directory by its manifest")
-    parser.add_argument("--name", help="the dataset's configuration, for example sample-10BT or sample-100BT")
-    parser.add_argument("--revision", help="commit, branch or tag of the dataset")
-    parser.add_argument("--data_dir", help="output directory (default: edu_fineweb10B, or data/NAME)")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or a file made by tokenizer.py")
-    formats.add_flags(parser)
-    parser.add_argument("--shard_size", type=integer(1), default=10**8, help="tokens per shard")
-    parser.add_argument("--val_tokens", type=integer(1),
-                        help="tokens of the val split, taken from the start of the stream "
-                             "(default: one shard; a tenth of an input smaller than two shards)")
-    parser.add_argument("--format", choices=("npy", "bin"), default="npy",
-                        help="shard format: numpy's, or that of llm.c and modded-nanogpt")
-    parser.add_argument("--num_proc", type=integer(1), default=os.cpu_count(),
-                        help="number of worker threads or processes")
+    source.add_argument("--verify", metavar="DIR",
+                        help="only check the shards of a directory against its manifest")
+    add("--name", metavar="CONFIG", help="configuration of a hub dataset, for example sample-100BT")
+    add("--revision", help="commit, branch or tag of a hub dataset")
+    formats.add_flags(group)
+    add = parser.add_argument_group("shards").add_argument
+    add("--data_dir", metavar="DIR", help="output directory (default: edu_fineweb10B, or data/NAME)")
+    add("--tokenizer", metavar="FILE", default="gpt2", help="gpt2, or a file made by tokenizer.py")
+    add("--shard_size", type=integer(1), default=10**8, help="tokens per shard")
+    add("--val_size", type=integer(1), help="tokens of the val split, taken from the start of the text "
+        "(default: one shard; a tenth of a text that is shorter than two shards)")
+    add("--format", choices=("npy", "bin"), default="npy",
+        help="shard format: numpy's, or that of llm.c and modded-nanogpt")
+    add("--num_proc", type=integer(1), default=os.cpu_count(), help="number of worker threads or processes")
     args = parser.parse_args(argv)
     if args.format == "bin" and args.shard_size >= 2**31:
         parser.error("argument --shard_size: a .bin file counts its ids in 31 bits")
@@ -408,7 +407,7 @@ def main(args):
     with locked(args.data_dir):
         files, source = find_input(args, files)
         manifest = prepare(files, args.data_dir, source, args.tokenizer, args.text_column, args.shard_size,
-                           args.val_tokens, args.num_proc, args.format, args.split_on, args.skip_null)
+                           args.val_size, args.num_proc, args.format, args.split_on, args.skip_null)
     tokens = {split: sum(s["tokens"] for s in manifest["shards"] if s["split"] == split)
               for split in ("train", "val")}
     print(f"{args.data_dir}: {len(manifest['shards'])} shards, "

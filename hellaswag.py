@@ -42,27 +42,27 @@ PROTOCOLS = ("completion", "harness")
 def parse_args(argv=None):
     parser = Parser(
         description="Evaluate a GPT-2, published or your own, on HellaSwag's validation set.",
-        usage="python hellaswag.py {-m MODEL | --compare A B} "
-              "[-d DEVICE] [--data FILE] [--flag value ...]",
+        usage="python hellaswag.py [-m MODEL | --compare A B] [-d DEVICE] [--flag value ...]",
+        aliases={"--model_type": "--model", "--data": "--hellaswag_data"},
     )
-    models = parser.add_mutually_exclusive_group()
-    models.add_argument("-m", "--model_type", metavar="MODEL",
-                        help=f"{MODEL} (default: the newest run among log*)")
+    group = parser.add_argument_group("model and examples")
+    models, add = group.add_mutually_exclusive_group(), group.add_argument
+    models.add_argument("-m", "--model", help=f"{MODEL} (default: the newest run among log*)")
     models.add_argument("--compare", nargs=2, metavar=("A", "B"),
                         help="two such models on the same examples, and a paired test")
-    parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
-    parser.add_argument("--protocol", choices=[*PROTOCOLS, "both"], default="completion",
-                        help="protocol of the GPT-2 reproductions, or of lm-evaluation-harness")
-    parser.add_argument("--data", metavar="FILE",
-                        help="local examples, .jsonl, .jsonl.gz or .parquet (default: the validation split, "
-                             "downloaded once from the Hugging Face hub)")
-    parser.add_argument("--limit", type=integer(1), metavar="N", help="only the first N examples")
-    parser.add_argument("--by", choices=list(scores.GROUPS), help="also print the accuracy of each group")
-    parser.add_argument("--show", type=integer(1), metavar="N",
-                        help="print the first N examples with their scores; with --compare, only examples "
-                             "that one of the models got right")
-    parser.add_argument("--json", metavar="OUT",
-                        help="write the result to this file; - prints it, and nothing else")
+    add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
+    add("--protocol", choices=[*PROTOCOLS, "both"], default="completion",
+        help="protocol of the GPT-2 reproductions, or of lm-evaluation-harness")
+    add("--hellaswag_data", metavar="FILE",
+        help="local examples, .jsonl, .jsonl.gz or .parquet (default: the validation split, downloaded once "
+             "from the Hugging Face hub)")
+    add("--limit", type=integer(1), help="evaluate only the first N examples")
+    add = parser.add_argument_group("output").add_argument
+    add("--by", choices=list(scores.GROUPS), help="also print the accuracy of each group")
+    add("--show", type=integer(1),
+        help="print the first N examples with their scores; with --compare, only those that exactly one of "
+             "the models got right")
+    add("--json", metavar="OUT", help="write the result to this file; - prints it, and nothing else")
     args = parser.parse_args(argv)
     if args.compare and Path(args.compare[0]) == Path(args.compare[1]):
         parser.error("argument --compare: name two different models")
@@ -91,10 +91,10 @@ def download(address=DATA, rows=HELLASWAG_EXAMPLES):
 
     Raises UserError if it can't be downloaded, or if there are not that many rows.
     """
-    path = local_file(address, "name a local copy with --data")
+    path = local_file(address, "name a local copy with --hellaswag_data")
     count = sum(1 for _ in iterate_examples(path))
     if count != rows:
-        raise UserError(f"{path} has {count} examples, not {rows}; name another copy with --data")
+        raise UserError(f"{path} has {count} examples, not {rows}; name another copy with --hellaswag_data")
     return path
 
 
@@ -334,7 +334,7 @@ def main(args):
     check_output("--json", args.json, args.data, args.model_type, *(args.compare or ()))
     ranks = Ranks(args.device)
     tune(ranks.device)
-    path = args.data
+    path = args.hellaswag_data
     if not path:
         with ranks.first_goes_ahead():
             path = download()
@@ -345,7 +345,7 @@ def main(args):
         require_fields(examples, path, ("activity_label",), f"--protocol {args.protocol}")
     if args.by:
         require_fields(examples, path, scores.GROUPS[args.by], f"--by {args.by}")
-    names = args.compare or [args.model_type or newest_run(ranks.is_first)]
+    names = args.compare or [args.model or newest_run(ranks.is_first)]
     # both before any is scored: a B that can't be loaded is refused at once
     models = [load_model_and_tokenizer(name, ranks.device) for name in names]
     if ranks.device == "cpu" and onednn_is_faster():
@@ -359,7 +359,8 @@ def main(args):
                               protocol=protocol)
             if args.by:
                 result["groups"] = scores.accuracies_by(examples, result, args.by)
-            results.append({"model": name, "protocol": protocol, "data": args.data or DATA, **result})
+            data = args.hellaswag_data or DATA
+            results.append({"model": name, "protocol": protocol, "data": data, **result})
     if ranks.is_first:
         a, b = results[: len(protocols)], results[len(protocols) :]
         comparisons = {one["protocol"]: scores.compare(examples, one, other) for one, other in zip(a, b)}

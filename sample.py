@@ -35,23 +35,26 @@ PATIENCE = 1  # seconds without a prompt on standard input after which that is s
 def parse_args(argv=None):
     parser = Parser(
         description="Continue a prompt with a GPT-2, published or your own.",
-        usage="python sample.py [-m MODEL] [-p PROMPT|@FILE] [-n SAMPLES] [--flag value ...]",
+        usage="python sample.py [-m MODEL] [-p PROMPT|@FILE] [-n N] [--flag value ...]",
+        aliases={"--model_type": "--model"},
     )
-    parser.add_argument("-m", "--model_type", metavar="MODEL",
-                        help=f"{MODEL} (default: the newest run among log*)")
-    parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
-    parser.add_argument("-p", "--prompt", help='text, or @FILE; "" starts a new document')
-    parser.add_argument("-n", "--num_samples", type=integer(1), default=1,
-                        help="continuations of the prompt; the first is streamed, the others follow")
-    parser.add_argument("--max_new_tokens", type=int, default=128,
-                        help="maximum; a text may end earlier, at <|endoftext|>")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
-    parser.add_argument("--top_k", type=int, help="draw only from the k most likely tokens")
-    parser.add_argument("--top_p", type=float,
-                        help="draw only from the most likely tokens that together have probability p")
-    parser.add_argument("--seed", type=integer(0), default=1337, help="of the random draws")
-    parser.add_argument("--int8", action="store_true",
-                        help="8-bit weights: about three times as fast on a CPU; some tokens differ")
+    add = parser.add_argument_group("model and prompt").add_argument
+    add("-m", "--model", help=f"{MODEL} (default: the newest run among log*)")
+    add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
+    add("--int8", action="store_true",
+        help="8-bit weights: about three times as fast on a CPU; some tokens differ")
+    add("-p", "--prompt", help='text to continue, or @FILE; "" starts a new document (default: asked for on '
+                               "a terminal, else read from standard input)")
+    add = parser.add_argument_group("sampling").add_argument
+    add("-n", "--num_samples", type=integer(1), default=1,
+        help="continuations of the prompt; the first is streamed, the others follow")
+    add("--max_new_tokens", type=int, default=128,
+        help="longest continuation; it may end earlier, at <|endoftext|>")
+    add("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
+    add("--top_k", type=int, help="draw only from the N most likely tokens (default: from all)")
+    add("--top_p", type=float,
+        help="draw only from the most likely tokens that together have probability X (default: from all)")
+    add("--seed", type=integer(0), default=1337, help="random seed")
     return parser.parse_args(argv)
 
 
@@ -178,7 +181,7 @@ def main(args):
     device = pick_device(args.device)
     if args.int8 and device != "cpu":
         raise UserError(f"--int8 runs on the CPU only, not on {device}: add -d cpu, or leave out --int8")
-    source = args.model_type or newest_run()
+    source = args.model or newest_run()
     model, tokenizer = load_model_and_tokenizer(source, device)
     if device == "cpu":
         pack(model, args.int8)

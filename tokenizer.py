@@ -1,9 +1,12 @@
 """Text to token ids and back: GPT-2's byte-level BPE, one learned from your own text, or another model's.
 
-    python tokenizer.py train FILES --vocab_size 2048 --out my_tokenizer.json  # files as for fineweb_edu.py
+    python tokenizer.py train --input my.txt --vocab_size 2048 --out my_tokenizer.json
 
-All are a `tiktoken.Encoding`, and the rest of the program treats them alike.
+--input takes the same files as in fineweb_edu.py. Every tokenizer is a `tiktoken.Encoding`, and the rest of
+the program treats them alike.
 """
+
+import argparse
 
 from kit.flags import Parser, from_command_line, integer
 
@@ -13,16 +16,20 @@ def parse_args(argv=None):
 
     parser = Parser(description="Learn a byte-level BPE from your own text.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train", help="learn a tokenizer from files")
-    command.add_argument("files", nargs="+", metavar="FILES",
-                         help=f"files ({formats.FORMATS}), directories of them, quoted patterns, "
-                              "or - for standard input")
+    command = commands.add_parser(
+        "train", help="learn a tokenizer from files",
+        usage="python tokenizer.py train --input FILE ... --out FILE [--flag value ...]")
+    command.add_argument("--input", nargs="+", metavar="FILE", default=[], help=formats.INPUT)
+    command.add_argument("files", nargs="*", help=argparse.SUPPRESS)  # how the input was named before
     command.add_argument("--vocab_size", type=integer(257, 65536), default=4096,
                          help="number of ids, including <|endoftext|>")
     formats.add_flags(command)
-    command.add_argument("--out", required=True, help="the tokenizer.json to write")
+    command.add_argument("--out", metavar="FILE", required=True, help="the tokenizer.json to write")
     args = parser.parse_args(argv)
-    formats.check_flags(parser, args, args.files)
+    args.input = [*args.input, *args.files]
+    if not args.input:
+        command.error("argument --input: name the text to learn from")
+    formats.check_flags(command, args, args.input)
     return args
 
 
@@ -360,7 +367,7 @@ def save_pretrained(encoding, directory, max_length):
 
 def main(args):
     reader = formats.Reader(args.text_column, args.split_on, args.skip_null)
-    files = sources.find_files(args.files)
+    files = sources.find_files(args.input)
     check_output("--out", args.out, *files)
     with tempfile.TemporaryDirectory() as folder:
         if "-" in files:

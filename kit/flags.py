@@ -41,8 +41,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where it says something: not None, not False, and not where the help names it."""
 
     def _get_help_string(self, action):
-        silent = action.default in (None, False, (), [])
+        if action.default is True:
+            return f"{action.help} (default: on)"
+        silent = action.default in (None, (), []) or action.default is False  # a 0 is shown
         return action.help if silent or "(default:" in action.help else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        kind = getattr(action.type, "__name__", None)
+        return {"int": "N", "float": "X"}.get(kind) or super()._get_default_metavar_for_optional(action)
 
 
 # what -m names
@@ -54,16 +60,21 @@ ELSEWHERE = {
     "batch_size": ("micro_batch_size", "total_batch_size"), "learning_rate": ("max_lr",), "lr": ("max_lr",),
     "block_size": ("sequence_length",), "max_iters": ("max_steps",), "epochs": ("max_steps",),
     "num_iterations": ("max_steps",), "out_dir": ("log_dir",), "output_dir": ("log_dir",),
-    "eval_interval": ("val_every",), "dataset": ("data_dir",), "model": ("model_type",),
-    "num_tokens": ("max_new_tokens",), "start": ("prompt",), "wandb_log": ("track",),
+    "eval_interval": ("val_every",), "dataset": ("data_dir",), "num_tokens": ("max_new_tokens",),
+    "start": ("prompt",), "wandb_log": ("track",),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that takes hyphens for underscores and suggests what an unknown flag may mean."""
+    """An argparse parser that takes hyphens for underscores and suggests what an unknown flag may mean.
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
+    aliases: other names of flags, {"--old_name": "--name"}. They work, but --help does not show them.
+    """
+
+    def __init__(self, *args, aliases=None, **kwargs):
+        self.aliases = aliases or {}
+        prog = f"python {Path(sys.argv[0]).name}"
+        super().__init__(*args, **{"formatter_class": HelpFormatter, "prog": prog, **kwargs})
 
     def parse_known_args(self, args=None, namespace=None):
         """Parse words; unlike argparse's own method, exit with an error for an unknown one."""
@@ -77,6 +88,7 @@ class Parser(argparse.ArgumentParser):
         """A flag with the hyphens and underscores that this parser uses, --max-steps=3 as --max_steps=3."""
         flag, equals, value = word.partition("=")
         flags = {known.replace("-", "_"): known for known in self._option_string_actions}
+        flags |= {alias.replace("-", "_"): known for alias, known in self.aliases.items()}
         return flags.get(flag.replace("-", "_"), flag) + equals + value
 
     def suggestion(self, word):
@@ -88,7 +100,7 @@ class Parser(argparse.ArgumentParser):
             return f": did you mean {' or '.join(known[other] for other in near)}?"
         if self.fromfile_prefix_chars and word.endswith(".txt"):
             return f": a config needs an @, as in @{word}"
-        return f"; see python {self.prog} --help"
+        return f"; see {self.prog} --help"
 
 
 def from_command_line(parse_args):

@@ -16,6 +16,7 @@ COMPRESSIONS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # and their fi
 # the first bytes of other files that people take for text
 OTHERS = {"bzip2": b"BZh", "xz": b"\xfd7zXZ", "a zip": b"PK\3\4", "parquet": b"PAR1", "a PDF": b"%PDF"}
 FORMATS = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)} appended, and .parquet"
+INPUT = f"files ({FORMATS}), directories of them, quoted patterns, or - for standard input"  # --input's help
 END_OF_TEXT = "<|endoftext|>"  # precedes each document in the shards; the only special token
 BATCH_CHARS = 2**22  # text read and encoded at a time: small enough to stay in warm memory
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -37,8 +38,8 @@ def check_format(path):
 
 
 def add_flags(parser):
-    """Add the flags of `Reader`, and that of standard input, to an argparse parser."""
-    parser.add_argument("--text_column", default="text",
+    """Add the flags of `Reader`, and that of standard input, to an argparse parser or group."""
+    parser.add_argument("--text_column", metavar="NAME", default="text",
                         help="the column of text in .jsonl, .json, .csv and .parquet; "
                              "meta.text is the column text inside meta")
     parser.add_argument("--split_on", metavar="TEXT", type=separator,

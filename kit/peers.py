@@ -94,7 +94,7 @@ def package_texts(at_least):
                 size += len(text) if text not in texts else 0
                 texts[text] = None
     if size < at_least:
-        raise UserError(f"--text: the installed packages have {size:,} characters of text, "
+        raise UserError(f"--input: the installed packages have {size:,} characters of text, "
                         f"{at_least:,} are needed: name .parquet files")
     texts = list(texts)
     random.Random(0).shuffle(texts)

@@ -82,7 +82,8 @@ class Report:
             say(f"next: python sample.py -m {model} -p {shlex.quote(self.args.sample_prompt)}")
         if data.examples:
             file = self.args.hellaswag_data
-            say(f"      python hellaswag.py -m {model}" + (f" --data {shlex.quote(file)}" if file else ""))
+            file = f" --hellaswag_data {shlex.quote(file)}" if file else ""
+            say(f"      python hellaswag.py -m {model}{file}")
 
 
 def on_terminal(ranks, **settings):

@@ -306,7 +306,7 @@ def test_hellaswag_is_downloaded_from_the_hub_once(tmp_path, whole):
             settings = dict(env=hub.environment(server, tmp_path / name), check=False)
             process = run_script(*command, **settings)
             if name == "short":
-                assert_refused(process, "has 10041 examples, not 10042", "--data")
+                assert_refused(process, "has 10041 examples, not 10042", "--hellaswag_data")
                 continue
             assert json.loads(process.stdout)["n"] == 2, process.stderr
         process = run_script(*command, **settings)  # the server is gone

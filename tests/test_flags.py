@@ -3,7 +3,10 @@
 import pytest
 from runs import ROOT
 
+import app
+import bench
 import checkpoint
+import fineweb_edu
 import hellaswag
 import sample
 import tokenizer
@@ -46,3 +49,41 @@ def test_an_unknown_argument_is_refused_with_what_may_be_meant(capsys, module, a
         module.parse_args(argv)
     assert refused.value.code == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("module, before, now", [
+    (sample, ["--model_type", "gpt2"], ["--model", "gpt2"]),
+    (app, ["--model-type=gpt2"], ["-m", "gpt2"]),
+    (hellaswag, ["--model_type", "gpt2", "--data", "x"], ["--model", "gpt2", "--hellaswag_data", "x"]),
+    (train_gpt2, ["-m", "gpt2"], ["--init_from", "gpt2"]),
+    (train_gpt2, ["--model=gpt2"], ["--init_from", "gpt2"]),
+    (fineweb_edu, ["--input", "x", "--val_tokens", "9"], ["--input", "x", "--val_size", "9"]),
+    (tokenizer, ["train", "x", "y", "--out", "z"], ["train", "--input", "x", "y", "--out", "z"]),
+    (bench, ["all", "--text", __file__], ["all", "--input", __file__]),
+])
+def test_old_names_of_flags_work_and_are_not_shown(capsys, module, before, now):
+    one, other = module.parse_args(before), module.parse_args(now)
+    for args in (one, other):
+        vars(args).pop("files", None)  # how tokenizer.py took its input before
+    assert one == other
+    with pytest.raises(SystemExit):
+        module.parse_args([*before[:1], "--help"] if before[0] in ("train", "all") else ["--help"])
+    shown = capsys.readouterr().out
+    for name in (word.partition("=")[0].replace("-type", "_type") for word in before if word[:2] == "--"):
+        assert name in ("--input", "--out") or f"{name} " not in shown, name
+    assert "FILES" not in shown
+
+
+def test_a_tokenizer_needs_a_text(capsys):
+    with pytest.raises(SystemExit) as refused:
+        tokenizer.parse_args(["train", "--out", "x"])
+    assert refused.value.code == 2 and "--input: name the text" in capsys.readouterr().err
+
+
+def test_help_shows_defaults_that_say_something(capsys):
+    with pytest.raises(SystemExit):
+        train_gpt2.parse_args(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--dropout X probability of dropping an activation (default: 0.0)" in shown
+    assert "never removed (default: 0)" in shown and "(default: on)" in shown
+    assert not any(f"(default: {value})" in shown for value in ("None", "()", "True", "False"))
