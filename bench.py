@@ -608,7 +608,7 @@ def main(args):
 
     from kit.device import pick_device
 
-    check_output("--json", args.json, args.hellaswag_data, *(args.text or ()))
+    check_output("--json", args.json, args.hellaswag_data, *(args.input or ()))
     args.device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.device not in ("cpu", "cuda"):
         raise UserError(f"--device {args.device}: only cpu and cuda are measured")

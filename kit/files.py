@@ -5,6 +5,7 @@ import errno
 import functools
 import hashlib
 import os
+import re
 import shutil
 import socket
 import sys
@@ -23,6 +24,8 @@ PAUSES = (1, 2, 4, 8, 16)  # seconds between retries
 UNUSABLE_PATH = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM,
                  errno.ENAMETOOLONG)
 
+
+NUMBER = re.compile(r"\[(Errno|WinError) -?\d+\] ")  # with which Python begins the text of an OSError
 
 # errors of a call that a file system (SMB, exFAT, NFS, FUSE, ...) does not offer
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY,
@@ -54,7 +57,7 @@ def run_script(main, args):
         message = " ".join(str(error).splitlines())  # a path may hold line breaks
         if rank and os.environ.get("WORLD_SIZE", "") not in ("", "1"):  # each machine may have its own files
             message += f" (rank {rank} on {socket.gethostname()})"
-        print("error:", message, file=Unbreakable(sys.stderr), flush=True)
+        print("error:", NUMBER.sub("", message), file=Unbreakable(sys.stderr), flush=True)
         sys.exit(2 if isinstance(error, UserError) or error.errno in UNUSABLE_PATH else 1)
 
 
@@ -105,8 +108,8 @@ def count(number, noun, ending="s"):
 
 
 def first_line(error):
-    """The first line of an exception's text; the name of its type if the text is empty."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The first line of an exception's text, without "[Errno 2]"; the name of its type if that is empty."""
+    return NUMBER.sub("", str(error).strip().partition("\n")[0]) or type(error).__name__
 
 
 def temporary_path(path):
@@ -198,7 +201,8 @@ def fetch(url, path, check, remedy):
             retried(read_url, url, file)
             check(file.name)
     except (OSError, UserError) as error:  # an HTTP error status is an OSError too
-        raise UserError(f"{url} can't be fetched ({error}); copy the file to {path}, or {remedy}") from error
+        reason = error.reason if type(error).__name__ == "URLError" else error  # which it wraps
+        raise UserError(f"{url} can't be fetched ({reason}); copy the file to {path}, or {remedy}") from error
     return path
 
 

@@ -9,7 +9,7 @@ import threading
 from tqdm import tqdm
 
 from kit.device import name_of, out_of_memory
-from kit.files import UNUSABLE_PATH, UserError
+from kit.files import UNUSABLE_PATH, UserError, first_line
 from kit.ranks import explain_lost_rank
 
 
@@ -135,4 +135,4 @@ def explain_errors(timeout):
     except OSError as error:
         if error.errno in UNUSABLE_PATH:
             raise
-        sys.exit(f"error: {error}. All checkpoints so far are complete: fix this, then use --resume")
+        sys.exit(f"error: {first_line(error)}. All checkpoints are complete: fix this, then use --resume")

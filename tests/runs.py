@@ -147,6 +147,7 @@ def assert_refused(process, *words):
     assert len(lines) == 1, process.stderr
     line = lines[0]
     assert words and all(str(word) in line for word in words), line
+    assert "[Errno" not in line, line
 
 
 # ----------------------------------------------------------------------------------------------------- runs

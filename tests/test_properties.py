@@ -105,6 +105,7 @@ def run(module, *flags):
         lines = process.stderr.strip().split("\n")
         usage = process.stderr.startswith("usage:")
         assert "error: " in lines[-1] and len(lines) <= 1 + usage, process.stderr
+        assert "[Errno" not in lines[-1], process.stderr
     return process.returncode, process.stdout
 
 

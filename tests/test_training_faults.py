@@ -447,7 +447,7 @@ def test_a_disk_that_fails_is_an_error(shards, tmp_path, faults, number):
     faults.failing(os, "fsync", number)
     process = run_here(train_gpt2, *flags_of(shards, tmp_path / "log"))
     assert (process.returncode, process.stderr.count("\n")) == (1, 1), process.stderr
-    assert process.stderr.startswith(f"error: [Errno {number}]")
+    assert process.stderr.startswith(f"error: {os.strerror(number)}")
 
 
 def test_a_log_directory_that_can_not_be_written_is_refused(shards, tmp_path):
