@@ -9,8 +9,9 @@ import threading
 from tqdm import tqdm
 
 from kit.device import name_of, out_of_memory
-from kit.files import UNUSABLE_PATH, UserError, first_line
+from kit.files import UNUSABLE_PATH, UserError, count, first_line
 from kit.ranks import explain_lost_rank
+from kit.scores import with_error
 
 
 class Report:
@@ -56,7 +57,8 @@ class Report:
     def hellaswag(self, name, step, result):
         """Report a result of `hellaswag.evaluate`."""
         self.run.log(step, hella=result["acc_norm"])
-        self.ranks.say(f"{name}: HellaSwag acc_norm {result['acc_norm']:.4f} on {result['n']} examples")
+        self.ranks.say(f"{name}: HellaSwag acc_norm {with_error(result, 'acc_norm')} on "
+                       + count(result["n"], "example"))
 
     def summary(self, progress, data):
         """Say how the run ended, where its results are, and which commands go on from there.

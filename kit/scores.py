@@ -3,8 +3,10 @@
 A result is the dict that `hellaswag.evaluate` returns, plus the names of its model and protocol.
 """
 
+import math
 import textwrap
 
+from kit.files import count
 from kit.published import GPT3_HELLASWAG, HELLASWAG
 
 METRICS = {"acc": "", "acc_norm": "_norm"}  # metric: the suffix of its keys in a result
@@ -78,6 +80,18 @@ def differing(comparison):
     return sorted(comparison["acc_norm"]["only_a"] + comparison["acc_norm"]["only_b"])
 
 
+def with_error(result, metric):
+    """A metric of a result with its standard error, to two digits of the latter: 0.251 ± 0.043.
+
+    Without ± if all examples have the same outcome: then nothing is known of the error.
+    """
+    error = result[f"{metric}_stderr"]
+    if not error:
+        return f"{result[metric]:.2f}"
+    digits = min(4, 1 - math.floor(math.log10(error)))
+    return f"{result[metric]:.{digits}f} ± {error:.{digits}f}"
+
+
 def titles(results):
     return ", ".join(f"{result['model']} ({result['protocol']})" for result in results)
 
@@ -112,13 +126,14 @@ def print_groups(results, by, most=20):
     sizes = {group: values["n"] for group, values in results[0]["groups"].items()}
     rows = [[by, "n", *(metric for _ in results for metric in METRICS)]]
     for group in list(sizes)[:most]:
-        cells = [f"{result['groups'][group][metric]:.4f}" for result in results for metric in METRICS]
+        cells = [with_error(result["groups"][group], metric) for result in results for metric in METRICS]
         rows.append([group, str(sizes[group]), *cells])
     print(f"by {by}, {titles(results)}:")
     print_table(rows)
     if len(sizes) > most:
         smaller = list(sizes.values())[most:]
-        print(f"{len(smaller)} more groups, of at most {smaller[0]} examples, are in the output of --json\n")
+        print(f"not shown, but in the output of --json: {count(len(smaller), 'group')} of at most "
+              f"{count(smaller[0], 'example')}\n")
 
 
 def print_published(results):
@@ -138,10 +153,10 @@ def print_published(results):
 
 def print_result(result):
     """Print a result in one line, with standard errors."""
-    values = [f"{metric} {result[metric]:.4f} ± {result[f'{metric}_stderr']:.4f}" for metric in METRICS]
-    notes = [f"{result['n']:,} examples"]
+    values = [f"{metric} {with_error(result, metric)}" for metric in METRICS]
+    notes = [count(result["n"], "example")]
     if result["endings_cut"]:
-        notes.append(f"{result['endings_cut']} endings truncated to the context")
+        notes.append(f"{count(result['endings_cut'], 'ending')} truncated to the context")
     if all(abs(result[metric] - CHANCE) <= 2 * result[f"{metric}_stderr"] for metric in METRICS):
         notes.append(f"within noise of chance ({CHANCE})")
     print(f"{titles([result])}: HellaSwag {', '.join(values)} on {'; '.join(notes)}")
@@ -149,7 +164,8 @@ def print_result(result):
 
 def print_comparison(comparison, protocol):
     for metric, values in comparison.items():
-        print(f"B - A ({protocol}): {metric} {values['difference']:+.4f}, exact McNemar p {values['p']:.3g}, "
-              f"only A correct {len(values['only_a'])}, only B correct {len(values['only_b'])}")
+        p = f"{values['p']:.2f}" if values["p"] >= 0.01 else f"{values['p']:.0e}"
+        print(f"B - A ({protocol}): {metric} {values['difference']:+.4f}, exact McNemar p = {p}; only A got "
+              f"{count(len(values['only_a']), 'example')} right, only B {len(values['only_b'])}")
     indices = " ".join(map(str, differing(comparison))) or "none"
-    print(textwrap.shorten(f"only one model correct (acc_norm): {indices}", 110, placeholder=" ..."))
+    print(textwrap.shorten(f"only one of them got right, by acc_norm: {indices}", 110, placeholder=" ..."))

@@ -170,7 +170,22 @@ def test_the_accuracy_of_a_group_is_that_of_its_examples(capsys):
     scores.print_groups([{**result, "groups": groups}], "activity", most=1)
     printed = capsys.readouterr().out
     assert "bowling" in printed and "archery" not in printed
-    assert "1 more groups, of at most 2 examples" in printed
+    assert "in the output of --json: 1 group of at most 2 examples" in printed
+
+
+@pytest.mark.parametrize("value, error, text", [
+    (0.28594, 0.0045, "0.2859 ± 0.0045"), (0.25, 0.0993, "0.250 ± 0.099"), (0.3, 0.25, "0.30 ± 0.25"),
+    (1.0, 0.0, "1.00"), (0.25, 1e-6, "0.2500 ± 0.0000"),
+])
+def test_a_result_has_the_digits_that_its_error_carries(value, error, text):
+    assert scores.with_error(dict(acc=value, acc_stderr=error), "acc") == text
+
+
+@pytest.mark.parametrize("p, text", [(1, "p = 1.00;"), (0.034, "p = 0.03;"), (2e-5, "p = 2e-05;")])
+def test_a_comparison_is_readable(capsys, p, text):
+    values = dict(difference=-0.5, p=p, only_a=[3], only_b=[])
+    scores.print_comparison({"acc": values, "acc_norm": values}, "completion")
+    assert text + " only A got 1 example right, only B 0\n" in capsys.readouterr().out
 
 
 def test_mcnemar_is_the_exact_test_and_its_approximation():
@@ -191,7 +206,7 @@ def test_comparison_of_two_results(capsys):
     assert norm["difference"] == pytest.approx(2 / 6) and norm["p"] == 10 / 16
     scores.print_comparison(comparison, "completion")
     printed = capsys.readouterr().out
-    assert "acc_norm +0.3333" in printed and "p 0.625" in printed and ": 1 2 3 5" in printed
+    assert "acc_norm +0.3333" in printed and "p = 0.62;" in printed and ": 1 2 3 5" in printed
 
 
 def test_contexts_are_read_once_and_only_endings_reach_the_head(learned, examples, calls_of):
@@ -214,7 +229,8 @@ def test_the_command_on_a_checkpoint(tmp_path, examples, learned):
     command = ["hellaswag.py", "-m", tmp_path / "log", "-d", "cpu", "--data", data, "--limit", 30]
     process = run_script(*command, "--json", tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
-    assert result["n"] == 30 and f"acc {result['acc']:.4f}" in process.stdout.splitlines()[-1]
+    last = process.stdout.splitlines()[-1]
+    assert result["n"] == 30 and f"acc {scores.with_error(result, 'acc')}, " in last
     run_script("torchrun", 2, *command, "--json", tmp_path / "two.json")
     assert json.loads((tmp_path / "two.json").read_text()) == result
 
@@ -267,7 +283,7 @@ def test_the_command_prints_both_protocols(two_models, learned, examples, capsys
         nested = result[protocol]
         assert all(nested[key] == expected[key] for key in ("predictions", "predictions_norm", "endings_cut"))
         assert list(nested["groups"]) == ["indomain", "zeroshot"] and nested["groups"]["zeroshot"]["n"] == 10
-        assert f"({protocol}): HellaSwag acc {expected['acc']:.4f}" in printed
+        assert f"({protocol}): HellaSwag acc {scores.with_error(expected, 'acc')}, " in printed
         for suffix in ("", "_norm"):
             assert f"{expected[f'loglikelihoods{suffix}'][1][2]:9.3f}" in printed
         for figure in (*published.HELLASWAG["gpt2"][protocol], *published.HELLASWAG["gpt2-xl"][protocol]):
@@ -318,7 +334,7 @@ def test_the_command_compares_two_models(two_models, capsys):
     assert norm["difference"] == alone["acc_norm"] - result["acc_norm"]
     assert (len(norm["only_b"]) - len(norm["only_a"])) / 40 == pytest.approx(norm["difference"])
     differing = sorted(norm["only_a"] + norm["only_b"])
-    assert f"example {differing[0]}:" in printed and printed.count("example ") == 1
+    assert f"example {differing[0]}:" in printed and printed.count("\nexample ") == 1
 
 
 def test_with_json_to_stdout_nothing_else_is_printed(tmp_path, two_models, capsys):
