@@ -16,7 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
-from kit.flags import MODEL, Parser, from_command_line, integer
+from kit.flags import MODEL, Parser, from_command_line, integer, number
 
 # the commands between two prompts: the setting that each changes, and its type
 COMMANDS = {"temp": ("temperature", float), "top_k": ("top_k", int), "top_p": ("top_p", float),
@@ -50,9 +50,9 @@ def parse_args(argv=None):
         help="continuations of the prompt; the first is streamed, the others follow")
     add("--max_new_tokens", type=int, default=128,
         help="longest continuation; it may end earlier, at <|endoftext|>")
-    add("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
-    add("--top_k", type=int, help="draw only from the N most likely tokens (default: from all)")
-    add("--top_p", type=float,
+    add("--temperature", type=number(0), default=0.8, help="0 always takes the most likely token")
+    add("--top_k", type=integer(1), help="draw only from the N most likely tokens (default: from all)")
+    add("--top_p", type=number(),
         help="draw only from the most likely tokens that together have probability X (default: from all)")
     add("--seed", type=integer(0), default=1337, help="random seed")
     return parser.parse_args(argv)

@@ -14,13 +14,16 @@ def integer(least=-(2**63), most=2**63 - 1):
     """An argparse type: a whole number from `least` to `most`."""
 
     def parse(text):
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
         if not least <= value <= most:
-            limit = f"from {least} to {most}" if most < 2**63 - 1 else f"of at least {least}"
-            raise argparse.ArgumentTypeError(f"must be a whole number {limit}, not {value}")
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, not {value}")
         return value
 
-    parse.__name__ = "int"  # argparse names it: invalid int value
+    parse.__name__ = "int"  # for the help
     return parse
 
 
@@ -28,9 +31,13 @@ def number(least=-math.inf, most=1e100):
     """An argparse type: a number from `least` to `most`. Beyond 1e100, steps overflow."""
 
     def parse(text):
-        value = float(text)
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
         if not least <= value <= most:  # also for NaN
-            raise argparse.ArgumentTypeError(f"must be a number from {least:g} to {most:g}, not {text}")
+            limit = f"at most {most:g}" if value > most else f"at least {least:g}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
         return value
 
     parse.__name__ = "float"

@@ -74,6 +74,19 @@ def test_old_names_of_flags_work_and_are_not_shown(capsys, module, before, now):
     assert "FILES" not in shown
 
 
+@pytest.mark.parametrize("argv, words", [
+    (["--max_steps", "x"], "argument --max_steps: must be a whole number, not 'x'"),
+    (["--max_steps", "0"], "must be at least 1, not 0"), (["--seed", str(2**63)], "must be at most 9223"),
+    (["--max_lr", "fast"], "must be a number, not 'fast'"),
+    (["--max_lr", "nan"], "must be at least 0, not nan"),
+    (["--max_lr", "1e200"], "must be at most 1e+100, not 1e200"),
+])
+def test_a_value_that_is_no_such_number_is_refused(capsys, argv, words):
+    with pytest.raises(SystemExit):
+        parse_args(argv)
+    assert words in capsys.readouterr().err
+
+
 def test_a_tokenizer_needs_a_text(capsys):
     with pytest.raises(SystemExit) as refused:
         tokenizer.parse_args(["train", "--out", "x"])
