@@ -48,7 +48,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("sampling").add_argument
     add("-n", "--num_samples", type=integer(1), default=1,
         help="continuations of the prompt; the first is streamed, the others follow")
-    add("--max_new_tokens", type=int, default=128,
+    add("--max_new_tokens", type=integer(0), default=128,
         help="longest continuation; it may end earlier, at <|endoftext|>")
     add("--temperature", type=number(0), default=0.8, help="0 always takes the most likely token")
     add("--top_k", type=integer(1), help="draw only from the N most likely tokens (default: from all)")
@@ -63,7 +63,7 @@ if __name__ == "__main__":
 
 import torch
 
-from checkpoint import load_model_and_tokenizer, newest_run
+from checkpoint import load_model_and_tokenizer, newest_run, read_meta, resolve
 from kit.device import pick_device
 from kit.files import UserError, run_script
 from kit.packed import pack
@@ -122,11 +122,14 @@ def read_prompt(prompt):
         timer.cancel()
 
 
-def typed_prompts(settings, generator):
-    """Yield the prompts that the user types, until exit, quit or Ctrl-D. /commands change the settings."""
+def typed_prompts(name, settings, generator):
+    """Yield the prompts that the user types, until exit, quit or Ctrl-D. /commands change the settings.
+
+    name: of the model, which the session shows first.
+    """
     with contextlib.suppress(ImportError):  # missing on Windows
         importlib.import_module("readline")  # gives input() arrow keys and a history
-    print("type a prompt, /help or exit")
+    print(f"{name}: type a prompt, /help or exit")
     while True:
         try:
             line = input("prompt> ")
@@ -181,12 +184,15 @@ def main(args):
     device = pick_device(args.device)
     if args.int8 and device != "cpu":
         raise UserError(f"--int8 runs on the CPU only, not on {device}: add -d cpu, or leave out --int8")
-    source = args.model or newest_run()
+    source = resolve(args.model or newest_run())
     model, tokenizer = load_model_and_tokenizer(source, device)
     if device == "cpu":
         pack(model, args.int8)
     generator = torch.Generator(device).manual_seed(args.seed)
-    for prompt in typed_prompts(settings, generator) if typed else [text]:
+    name = str(source)
+    if isinstance(source, Path):  # a run's checkpoint
+        name += f", step {read_meta(source, digests=False)['step']:,}"
+    for prompt in typed_prompts(name, settings, generator) if typed else [text]:
         tokens, block_size = encode_prompt(prompt, tokenizer).size(1), model.config.block_size
         if tokens > block_size:
             print(f"the prompt has {tokens} tokens: the model reads the last {block_size}", file=sys.stderr)

@@ -145,7 +145,7 @@ def test_a_session_on_a_terminal(small_run):
             shown += os.read(terminal, 4096).decode(errors="replace")
         return shown.replace("\r", "")
 
-    assert "/help" in answer(b"")
+    assert "ckpt_000003, step 3: type a prompt, /help or exit" in answer(b"")
     assert "/top_k 50" in answer(b"/help\n")
     assert "temperature 0.5" in answer(b"/temp 0.5\n") and "top_k 3" in answer(b"/top_k 3\n")
     assert "top_k" not in answer(b"/top_k off\n").split("off")[1]
