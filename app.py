@@ -233,7 +233,7 @@ def main(args):
     if device == "cpu":
         pack(model)
     page = serve(model, tokenizer, name, facts, server_name=args.host, server_port=args.port)
-    print(f"open {page.local_url} in a browser; Ctrl-C ends the page", flush=True)
+    print(f"open {page.local_url} in a browser; Ctrl-C stops the server", flush=True)
     page.block_thread()
 
 

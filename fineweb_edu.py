@@ -76,7 +76,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from kit import formats, shards, sources
-from kit.files import UserError, atomic_write, digest, locked, run_script
+from kit.files import UserError, atomic_write, count, digest, locked, run_script
 from kit.sources import HUB_ADDRESS, TEXTS
 from tokenizer import encode_text, get_fast_tokenizer, get_tokenizer, rank_lines, train
 
@@ -133,7 +133,7 @@ def encodes_alike(batch, tokenizer):
 
 
 def start_worker():
-    """Prepare a worker process: the parent handles Ctrl-C, and a killed parent takes its workers along."""
+    """Prepare a worker process: it leaves Ctrl-C to its parent, and ends if its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def leave_with_parent():
@@ -144,7 +144,7 @@ def start_worker():
 
 
 class Encoder:
-    """Encodes batches in parallel: gigatoken in threads, or tiktoken in processes. Is a context.
+    """A context that encodes batches in parallel: gigatoken in threads, or tiktoken in processes.
 
     gigatoken releases Python's lock while it encodes; tiktoken, which builds Python lists, does not.
     """
@@ -240,15 +240,15 @@ def adapt(data_dir, manifest, request):
     changed = next((n for n, (one, other) in enumerate(zip(before, now)) if one != other),
                    min(len(before), len(now)))
     ends = [shard.get("next") for shard in manifest["shards"][:-1]] + [manifest["next"]]
-    count = max((n for n, end in enumerate(ends, start=1) if end and end[0] < changed), default=0)
+    kept = max((n for n, end in enumerate(ends, start=1) if end and end[0] < changed), default=0)
     # before two shards are full, the default size of the val split is not decided
-    if count < (1 if manifest["val_tokens_asked"] else 2):
+    if kept < (1 if manifest["val_tokens_asked"] else 2):
         return manifest
-    dropped = manifest["shards"][count:]
-    print(f"{data_dir}: the input changed from file {changed + 1} on; keeping {count} shards"
+    dropped = manifest["shards"][kept:]
+    print(f"{data_dir}: the input changed from file {changed + 1} on; keeping {count(kept, 'shard')}"
           + (f", remaking {len(dropped)}" if dropped else ""))
-    manifest = {**manifest, "source": request["source"], "next": ends[count - 1],
-                "shards": manifest["shards"][:count]}
+    manifest = {**manifest, "source": request["source"], "next": ends[kept - 1],
+                "shards": manifest["shards"][:kept]}
     shards.write_manifest(data_dir, manifest)
     for shard in dropped:
         (data_dir / shard["file"]).unlink(missing_ok=True)
@@ -268,7 +268,8 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
     data_dir, files = Path(data_dir), list(map(str, files))
     encoding = get_tokenizer(tokenizer)
     if encoding.n_vocab > 2**16:
-        raise UserError(f"tokenizer {tokenizer} has {encoding.n_vocab} ids; uint16 shards allow 65536")
+        raise UserError(f"--tokenizer {tokenizer}: it has {encoding.n_vocab} ids, more than the 65536 of "
+                        "uint16 shards; python tokenizer.py train learns a smaller one")
     manifest = open_manifest(data_dir, {
         "format": shards.FORMAT,
         "source": source,
@@ -334,14 +335,15 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
     return manifest
 
 
-def explain_shards(error, file, count):
-    """The error of a file that can't be read, with what becomes of the finished shards."""
-    if not count:
+def explain_shards(error, file, finished):
+    """The error of a file that can't be read, with what becomes of the finished shards, by their number."""
+    if not finished:
         return error
     remedy = ("if the file is damaged, remove it, and the same command downloads it again and continues"
               if HUB_ADDRESS.match(file) else
               "repair or replace the file, or leave it out, and the same command continues")
-    return UserError(f"{error}. {count} finished shards are kept: {remedy}")
+    kept = "is kept" if finished == 1 else "are kept"
+    return UserError(f"{error}. {count(finished, 'finished shard')} {kept}: {remedy}")
 
 
 def prepare_demo(data_dir):

@@ -38,7 +38,7 @@ from kit.files import run_script
 def main(args):
     args.out.parent.mkdir(parents=True, exist_ok=True)
     curves.draw(args.log_dirs, args.out, args.log_x)
-    print(args.out)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -237,16 +237,16 @@ def open_data(args, ranks):
         if ranks.local_rank == 0:  # each machine may have a disk of its own
             shards.verify_changed(args.data_dir)
     if args.vocab_size and num_tokens > args.vocab_size and not args.init_from:
-        raise UserError(f"--vocab_size {args.vocab_size}: the shards of {args.data_dir} were encoded with "
-                        f"{num_tokens} ids")
+        raise UserError(f"--vocab_size {args.vocab_size}: the tokenizer of {args.data_dir} has {num_tokens} "
+                        "ids; leave the flag out")
     first = args.val_start // args.sequence_length
     last = first + args.val_tokens // args.sequence_length
     val_windows, tokens = range(first, min(last, val.num_windows)), val.num_windows * args.sequence_length
     if not val_windows:
         raise UserError(f"--val_start {args.val_start}: the val split has only {tokens} tokens")
     if last > val.num_windows:
-        ranks.say(f"the val split has {tokens:,} tokens, fewer than --val_tokens"
-                  + f" after --val_start {args.val_start:,}" * (first > 0))
+        ranks.say(f"validation reads {len(val_windows) * args.sequence_length:,} tokens, to the end of the "
+                  "val split")
 
     examples = load_hellaswag(args, ranks) if tokenizer and args.hellaswag_every else None
     if ranks.max(examples is None):  # all ranks evaluate, or none
@@ -303,7 +303,7 @@ def open_model(args, config, data, identity, newest, run, ranks):
         step, before = meta["step"], meta.get("identity", {})
         changes = recipe.check_identity(before, identity, args.allow_change, run.log_dir)
         if step > args.max_steps:
-            raise UserError(f"--max_steps {args.max_steps}: {newest} is already at step {step}")
+            raise UserError(f"--max_steps {args.max_steps}: {newest} is already at step {step}: name more")
         schedules = argparse.Namespace(**recipe.identity_of(before)), args
         rates = [f"{get_lr(step, schedule):.2e}" for schedule in schedules]
         if rates[0] != rates[1]:
@@ -329,10 +329,11 @@ def load_init(args, data, ranks):
     model = checkpoint.load_model(args.init_from)
     if args.sequence_length > model.config.block_size:
         raise UserError(f"--sequence_length {args.sequence_length}: {args.init_from} reads at most "
-                        f"{model.config.block_size} tokens")
+                        f"{model.config.block_size} tokens; use --sequence_length {model.config.block_size}")
     if data.num_tokens > model.config.vocab_size:
         raise UserError(f"--data_dir {args.data_dir}: its tokenizer has {data.num_tokens} ids, "
-                        f"{args.init_from} only {model.config.vocab_size}")
+                        f"{args.init_from} only {model.config.vocab_size}: prepare the data again with the "
+                        "model's, fineweb_edu.py --tokenizer FILE")
     if data.tokenizer:
         checkpoint.check_tokenizer(args.init_from, data.tokenizer, args.data_dir, ranks.say)
     if args.crop_to:
@@ -383,7 +384,7 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
                 raise
             failure = first_line(error)
         if ranks.max(failure is not None):
-            ranks.say("torch.compile does not work here, training continues without it: "
+            ranks.say("torch.compile failed, so the model is not compiled: "
                       + (failure or "it failed on another rank"))
             compiled = raw_model.train()  # a failed evaluation leaves it in eval mode
             raw_model.zero_grad()
@@ -412,7 +413,8 @@ def start_run(args, micro_steps, start_step, data, raw_model, compiled, precisio
     ranks.say(f"{args.total_batch_size:,} tokens per step = {count(args.micro_batch_size, 'sequence')} x "
               f"{args.sequence_length} tokens x {count(ranks.world_size, 'rank')} x "
               f"{count(micro_steps, 'micro-batch', 'es')}")
-    ranks.say(f"{count(args.max_steps, 'step')}, {epochs:.2f} epochs")
+    seen = f"{epochs:,.2f}" if epochs >= 0.01 else "less than 0.01"
+    ranks.say(f"{count(args.max_steps, 'step')}, {seen} epochs")
     if not (args.val_every or args.save_every or args.keep_every):
         ranks.say("warning: --save_every and --val_every are 0: this run will not save its model")
     if args.min_lr > args.max_lr:

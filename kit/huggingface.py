@@ -82,8 +82,8 @@ def download(name):
         config = try_to_load_from_cache(name, "config.json")
         if isinstance(config, str):
             return Path(config).parent
-        raise UserError(f"{name} does not exist here, and the Hugging Face hub can't be reached "
-                        f"over the network ({first_line(error)}): {MODELS}") from error
+        raise UserError(f"{name} does not exist here or in the cache of the Hugging Face hub, which can't be "
+                        f"reached over the network ({first_line(error)}): {MODELS}") from error
     weights = [[file for file in files if re.fullmatch(pattern, file)] for pattern in WEIGHTS]
     texts = [file for file in files if "/" not in file and file.endswith((".json", ".txt", ".model"))]
     try:

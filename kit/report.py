@@ -128,8 +128,8 @@ def explain_errors(timeout):
         yield
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            raise UserError("out of memory: halve --micro_batch_size, which does not change the batches, or "
-                            "train a smaller model") from error
+            raise UserError("out of memory: halve --micro_batch_size (the batches stay the same), or train a "
+                            "smaller model") from error
         explanation = explain_lost_rank(error, timeout)
         if explanation is None:
             raise

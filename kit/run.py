@@ -83,7 +83,7 @@ class Run(contextlib.ExitStack):
             try:
                 warning = reference.check(step, val_loss, self.log_dir)
             except UserError as error:
-                warning = f"no comparison with reference runs, training continues: {error}"
+                warning = f"no comparison with reference runs: {error}"
             if warning:
                 self.ranks.say(warning)
         if self.plot:
@@ -91,7 +91,7 @@ class Run(contextlib.ExitStack):
                 curves.draw([self.log_dir], self.log_dir / "curves.png")
             except UserError as error:  # for example without matplotlib
                 self.plot = False
-                self.ranks.say(f"no more curves, training continues: {error}")
+                self.ranks.say(f"curves.png is not drawn from here on: {error}")
 
     def sync_log(self):
         """Make sure that log.txt is on the disk, for example before a checkpoint of the same step."""

@@ -17,6 +17,7 @@ from kit.files import (
     UNSUPPORTED,
     UserError,
     atomic_write,
+    count,
     digest,
     drop_cached_pages,
     mount_point,
@@ -170,7 +171,8 @@ class ShardWriter:
         total += sum(shard.tokens for shard in self.shards)
         val_tokens = self.manifest["val_tokens"] or max(1, total // 10)
         if total <= val_tokens:
-            raise UserError(f"--val_tokens {val_tokens} leaves nothing to train on: {total} tokens in all")
+            raise UserError(f"--val_size {val_tokens} leaves nothing to train on: the text has only "
+                            f"{count(total, 'token')}")
         if self.manifest["val_tokens"] is None:
             self.manifest["val_tokens"] = val_tokens
             self.cut_again()
@@ -189,10 +191,10 @@ class ShardWriter:
         with contextlib.ExitStack() as asides:
             files = [asides.enter_context(shard.set_aside()) for shard in self.shards]
             self.shards = []
-            for file, batch, count in self.added:
+            for file, batch, size in self.added:
                 ids = b""
                 for old in files:  # the ids of a batch may continue in the next file
-                    ids += old.read(2 * count - len(ids))
+                    ids += old.read(2 * size - len(ids))
                 self.add(file, batch, np.frombuffer(ids, dtype="<u2"))
 
     def close(self):
@@ -421,10 +423,10 @@ def open_bin(path, mapped=True):
     """The ids of a .bin shard. Raises UserError if it is incomplete, OSError if it can't be mapped."""
     import numpy as np
 
-    def ids(start, count):
+    def ids(start, tokens):
         if mapped:
-            return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
-        return np.fromfile(path, dtype="<u2", count=count, offset=start)
+            return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(tokens,))
+        return np.fromfile(path, dtype="<u2", count=tokens, offset=start)
 
     start, size = 4 * BIN_HEADER, path.stat().st_size
     if is_raw(path):
@@ -433,16 +435,16 @@ def open_bin(path, mapped=True):
         return ids(0, size // 2)
     if size < start:
         raise UserError(f"{path} has {size} bytes, fewer than its header; get it again")
-    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
+    magic, version, tokens = np.fromfile(path, dtype="<i4", count=3).tolist()
     if magic in OTHER_MAGICS:
         raise UserError(f"{path} is {OTHER_MAGICS[magic]} (llm.c's header {magic}, {version}), not a shard "
                         "of 16-bit ids: move it elsewhere; python fineweb_edu.py makes shards from text")
     if (magic, version) != (BIN_MAGIC, BIN_VERSION):
         raise UserError(f"{path} is not a shard of llm.c: its header is {magic}, {version}, not {BIN_MAGIC}, "
                         f"{BIN_VERSION}. nanoGPT's files, which have none, must be train.bin and val.bin")
-    if size != start + 2 * count:
-        raise UserError(f"{path} has {size} bytes, its header says {start + 2 * count}; get it again")
-    return ids(start, count)
+    if size != start + 2 * tokens:
+        raise UserError(f"{path} has {size} bytes, its header says {start + 2 * tokens}; get it again")
+    return ids(start, tokens)
 
 
 # verifying
@@ -466,7 +468,7 @@ def verify_changed(data_dir):
         now[found[key].name] = [shard["digest"], stat.st_size, stat.st_mtime_ns]
     changed = [name for name in now if now[name] != verified.get(name)]
     if changed:
-        print(f"{data_dir}: checking the digests of {len(changed)} new shards", flush=True)
+        print(f"{data_dir}: checking {count(len(changed), 'new shard')}", flush=True)
     for name in changed:
         check_digest(Path(data_dir) / name, now[name][0])
         verified[name] = now[name]

@@ -43,7 +43,7 @@ def find_files(entries, data_dir=None):
         for path in expand(entry, data_dir):
             real = os.path.realpath(path)
             if real in files:
-                raise UserError(f"{files[real]} and {path} are the same file: name it once")
+                raise UserError(f"--input: {files[real]} and {path} are the same file: name it once")
             files[real] = path
     return list(files.values())
 
@@ -55,12 +55,12 @@ def expand(entry, data_dir):
     if entry and Path(entry).is_dir():
         return list_directory(entry, data_dir)
     if not glob.has_magic(entry):
-        exists = entry and Path(entry).exists()
-        raise UserError(f"input {entry}: {'not a file; pipe its text into -' if exists else 'no such file'}")
+        problem = "not a file; pipe its text into -" if entry and Path(entry).exists() else "no such file"
+        raise UserError(f"--input {entry}: {problem}")
     matches = sorted(glob.glob(entry, recursive=True))
     paths = once_each(entry, [path for match in matches for path in expand(match, data_dir)])
     if not paths:
-        raise UserError(f"input {entry}: no such files")
+        raise UserError(f"--input {entry}: no such files")
     if data_dir and any(Path(path).resolve().is_relative_to(Path(data_dir).resolve()) for path in paths):
         raise UserError(f"--data_dir {data_dir} contains files that match {entry}: choose another")
     print(f"{entry}: {count(len(paths), 'file')}")
@@ -72,7 +72,7 @@ def list_directory(entry, data_dir):
     if data_dir and Path(data_dir).resolve().is_relative_to(Path(entry).resolve()):
         raise UserError(f"--data_dir {data_dir} is inside {entry}, where the texts are: choose another")
     def unreadable(error):
-        raise UserError(f"input {entry}: {error.filename} can't be read ({error.strerror})")
+        raise UserError(f"--input {entry}: {error.filename} can't be read ({error.strerror})")
 
     found = [Path(folder, name) for folder, folders, names in os.walk(entry, onerror=unreadable)
              for name in folders + names]
@@ -80,12 +80,12 @@ def list_directory(entry, data_dir):
              if not any(part.startswith(".") for part in path.relative_to(entry).parts)]
     for path in paths:
         if format_of(path)[0] and not path.exists():
-            raise UserError(f"input {entry}: {path} is a link to a file that does not exist")
+            raise UserError(f"--input {entry}: {path} is a link to a file that does not exist")
     files = [str(path) for path in paths if path.is_file() and format_of(path)[0]]
     # a link to a directory is not followed
     others = len(paths) - len(files) - sum(path.is_dir() and not path.is_symlink() for path in paths)
     if not files:
-        raise UserError(f"input {entry}: no file of a known format in it ({FORMATS})")
+        raise UserError(f"--input {entry}: no file of a known format in it ({FORMATS})")
     left_out = f", without {others} of other formats" if others else ""
     files = once_each(entry, files)
     print(f"{entry}: {count(len(files), 'file')}{left_out}")

@@ -120,8 +120,8 @@ class Tracker:
             return call(*args)
         except Exception as error:
             if not self.failed:
-                print(f"--track {self.kind} failed, training continues without it: {first_line(error)}",
-                      file=sys.stderr, flush=True)
+                print(f"--track {self.kind} failed and is off from here on, log.txt has all numbers: "
+                      f"{first_line(error)}", file=sys.stderr, flush=True)
             self.failed = True
 
     def log(self, step, values):

@@ -167,7 +167,7 @@ def test_it_says_what_it_loads_before_it_does(tmp_path, small_run, monkeypatch):
     process = run_here(app, "-m", small_run)
     assert process.stdout.splitlines() == [
         "loading gradio", f"loading {small_run / 'ckpt_000003'}",
-        "open http://127.0.0.1:7860/ in a browser; Ctrl-C ends the page"]
+        "open http://127.0.0.1:7860/ in a browser; Ctrl-C stops the server"]
     assert gradio.Blocks().__enter__().launch.call_args.kwargs["quiet"]  # no advice to make it public
     gradio.Blocks().__enter__().block_thread.assert_called_once()
 

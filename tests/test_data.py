@@ -211,7 +211,7 @@ def test_a_preparation_that_fails_leaves_no_half_shard(tmp_path, learned, faults
     faults.small_batches(50)
     (tmp_path / "a.txt").write_text("A few words. " * 100)
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n' * 50 + "{")
-    with pytest.raises(UserError, match="b.jsonl:51: not JSON.*finished shards are kept"):
+    with pytest.raises(UserError, match="b.jsonl:51: not JSON.*finished shards? (is|are) kept"):
         prepare([tmp_path / "a.txt", tmp_path / "b.jsonl"], tmp_path / "out", {}, learned, "text", 70)
     names = [path.name for path in (tmp_path / "out").iterdir()]
     assert "out_train_000001.npy" in names and not any(name.startswith(".") for name in names)
@@ -382,7 +382,7 @@ def test_an_unreadable_file_is_refused_by_name(tmp_path, texts, learned, name, w
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(column="body"), "score.*--text_column"), (dict(val_tokens=10**6), "--val_tokens"),
+    (dict(column="body"), "score.*--text_column"), (dict(val_tokens=10**6), "--val_size 1000000 leaves"),
 ])
 def test_settings_that_do_not_fit_the_text_are_refused(tmp_path, texts, learned, settings, words):
     good = make.write_parquet(tmp_path / "good.parquet", texts[:3])

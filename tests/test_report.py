@@ -90,6 +90,11 @@ def test_memory_that_does_not_suffice_is_one_line(shards, tmp_path, monkeypatch,
     assert ("compiling: a minute or more" in process.stdout) == (compiling == "--compile")
 
 
+def test_few_steps_are_not_said_to_be_no_epochs(shards, tmp_path, capsys):
+    train(shards, tmp_path / "log", "--max_steps", 1, "--val_every", 0)
+    assert "\n1 step, less than 0.01 epochs\n" in capsys.readouterr().out
+
+
 def test_numbers_agree_with_their_nouns():
     assert [count(1, "rank"), count(2000, "step"), count(2, "micro-batch", "es")] == [
         "1 rank", "2,000 steps", "2 micro-batches"]

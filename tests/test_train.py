@@ -192,7 +192,7 @@ def test_without_a_compiler_training_goes_on_and_says_so(
 
     monkeypatch.setattr(torch, "compile", broken)
     assert train(shards, tmp_path / "log", "--compile") == whole.log
-    assert "training continues without it: no C++ compiler found\n" in capsys.readouterr().out
+    assert "so the model is not compiled: no C++ compiler found\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -306,7 +306,7 @@ def test_evaluations_are_drawn_and_compared_with_references(shards, tmp_path, mo
 def test_without_matplotlib_training_goes_on_and_says_so_once(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import raises ImportError
     train(shards, tmp_path / "log", "--plot")
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "no more curves" in line]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "curves.png is not drawn" in line]
     assert line.endswith("pip install matplotlib")
 
 
