@@ -87,7 +87,8 @@ def parse_args(argv=None):
         aliases={"--model_type": "--model"},
     )
     parser.add_argument("-m", "--model",
-                        help=f"{MODEL} (default: the newest run among log*; in a Hugging Face Space, gpt2)")
+                        help=f"{MODEL} (default: the newest run among log*; in a Hugging Face Space without "
+                             "any, gpt2)")
     parser.add_argument("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     parser.add_argument("--host", metavar="NAME", help="0.0.0.0 lets other machines open the page "
                                                        "(default: GRADIO_SERVER_NAME, or 127.0.0.1)")
@@ -209,9 +210,13 @@ def serve(model, tokenizer, name, facts, **settings):
 
 
 def main(args):
-    device, source = pick_device(args.device), args.model
-    if source is None:  # a Space starts the script without flags
-        source = "gpt2" if "SPACE_ID" in os.environ else newest_run()
+    device = pick_device(args.device)
+    try:
+        source = args.model or newest_run()
+    except UserError:
+        if "SPACE_ID" not in os.environ:
+            raise
+        source = "gpt2"  # a Space starts the script without flags, and may have no run
     source = resolve(source)
     host, port = args.host or "127.0.0.1", args.port or 0
     try:  # gradio itself would retry for minutes

@@ -24,6 +24,7 @@ from runs import ROOT, assert_refused, run_here, run_script, wait_for_line
 
 import app
 import checkpoint
+from kit.files import UserError
 from sample import encode_prompt
 
 SETTINGS = dict(temperature=0.8, top_k=0, top_p=1, max_new_tokens=20, seed=1337)
@@ -170,6 +171,20 @@ def test_it_says_what_it_loads_before_it_does(tmp_path, small_run, monkeypatch):
         "open http://127.0.0.1:7860/ in a browser; Ctrl-C stops the server"]
     assert gradio.Blocks().__enter__().launch.call_args.kwargs["quiet"]  # no advice to make it public
     gradio.Blocks().__enter__().block_thread.assert_called_once()
+
+
+def test_a_space_takes_the_newest_run_or_else_gpt2(tmp_path, small_run, monkeypatch):
+    def load(source, device):
+        raise UserError(f"loaded {source}")
+
+    monkeypatch.setitem(sys.modules, "gradio", MagicMock())
+    monkeypatch.setattr(app, "load_model_and_tokenizer", load)
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run_here(app), "no run found in log")
+    monkeypatch.setenv("SPACE_ID", "someone/gpt2")
+    assert_refused(run_here(app), "loaded gpt2")
+    shutil.copytree(small_run, tmp_path / "log")
+    assert run_here(app).stderr.endswith("error: loaded log/ckpt_000003\n")
 
 
 @pytest.mark.parametrize("flags, words", [
