@@ -312,7 +312,7 @@ def test_hellaswag_is_downloaded_from_the_hub_once(tmp_path, whole):
         process = run_script(*command, **settings)  # the server is gone
         assert json.loads(process.stdout)["data"] == hellaswag.DATA
     process = run_script(*command, env={**settings["env"], "HF_HOME": str(tmp_path / "new")}, check=False)
-    assert_refused(process, "name a local copy with --data")  # one line, no list of retries
+    assert_refused(process, "name a local copy with --hellaswag_data")  # one line, no list of retries
 
 
 def test_a_tokenizer_in_the_data_directory_is_used_or_left_alone(tmp_path, learned, texts):
