@@ -50,7 +50,8 @@ def parse_args(argv=None):
         help="continuations of the prompt; the first is streamed, the others follow")
     add("--max_new_tokens", type=integer(0), default=128,
         help="longest continuation; it may end earlier, at <|endoftext|>")
-    add("--temperature", type=number(0), default=0.8, help="0 always takes the most likely token")
+    add("--temperature", type=number(0, float("inf")), default=0.8,
+        help="0 always takes the most likely token")
     add("--top_k", type=integer(1), help="draw only from the N most likely tokens (default: from all)")
     add("--top_p", type=number(),
         help="draw only from the most likely tokens that together have probability X (default: from all)")

@@ -8,7 +8,7 @@ import bench
 
 @pytest.mark.parametrize("flags, word", [
     (["train", "--peer", "nanoGPT=/nowhere"], "--peer"), (["train", "--rounds", "0"], "--rounds"),
-    (["sample", "--device", "mps"], "--device"), (["data", "--text", "/nowhere.parquet"], "--text"),
+    (["sample", "--device", "mps"], "--device"), (["data", "--input", "/nowhere.parquet"], "--input"),
     (["hellaswag", "--hellaswag_data", "/nowhere.jsonl"], "--hellaswag_data"),
     (["start", "--json", "/nowhere/bench.json"], "--json"),
 ])
