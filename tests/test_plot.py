@@ -256,6 +256,7 @@ def test_the_legend_says_what_thin_and_thick_lines_mean(tmp_path, streams, entri
     for line in figure.axes[0].lines:
         if line.get_label() in ("train", "val") and len(line.get_xdata()) > 1:  # not the dot of step 0
             assert line.get_linewidth() == (1 if line.get_label() == "train" else 2)
+            assert (line.get_marker() == "o") == (line.get_label() == "val")  # also in a short run
 
 
 @pytest.mark.parametrize("log_x", [False, True])
