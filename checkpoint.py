@@ -11,8 +11,8 @@
         meta.json               step, config, the run's identity, and a digest of each file and of itself
     LOG_DIR/best/             the same without the optimizer: the lowest validation loss so far
 
-A checkpoint named N has consumed exactly the batches 0..N-1. It is written under a temporary name and then
-renamed, so a checkpoint under its final name is complete; every load checks the digests.
+The checkpoint named N is the state after exactly the batches 0..N-1. It is written under a temporary name and
+then renamed, so a checkpoint under its final name is complete; every load checks the digests.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ from tokenizer import END_OF_TEXT, get_tokenizer, ordinary_tokens, special_token
 FORMAT = "gpt2 checkpoint, version 1"
 NAME = re.compile(r"ckpt_(\d{6,})$")
 
-# the temporary names of a run's files and directories, which a crash leaves behind; the digits: `discard`
+# the temporary names of a run's files and directories, which a crash leaves behind (digits: `discard`)
 LEFTOVER = re.compile(r"\.(\d+|(ckpt_\d+|best)(\.old)?|log\.txt|run\.json|curves\.png|source_\w+\.zip)\.tmp")
 
 # types of the values in meta.json
