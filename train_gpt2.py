@@ -534,6 +534,7 @@ def train(args, at_exit):
             if due(args.val_every) or due(args.hellaswag_every):
                 run.report(step, progress.val_loss if due(args.val_every) else None)
             if data.tokenizer and due(args.sample_every) and (step > 0 or args.eval_only) and ranks.is_first:
+                ranks.say(f"{name}: samples")
                 sample(step, args, raw_model, data, precision, ranks)
             # a resumed run need not save this step again, unless a stop had saved it before its evaluation
             saved = step == start_step and progress.val_loss == meta.get("val_loss")

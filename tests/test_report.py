@@ -42,8 +42,9 @@ def test_elsewhere_every_few_steps_have_a_line(shards, tmp_path, capsys, every, 
 
 def test_samples_begin_with_the_first_interval(shards, tmp_path, capsys):
     train(shards, tmp_path / "log", "--sample_every", 6, "--sample_prompt", "The end")
-    before = capsys.readouterr().out.partition("step     5 |")[0]
+    before, _, after = capsys.readouterr().out.partition("step     5 |")
     assert "The end" not in before and "step     4 |" in before
+    assert "\nstep 6: samples\nThe end" in after
 
 
 def test_the_summary_names_losses_and_places(shards, tmp_path, capsys):
