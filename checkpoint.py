@@ -454,7 +454,7 @@ def show(directory, verify):
                                              or (directory / "meta.json").is_file()):
         paths = [directory]
     if not paths:
-        raise UserError(f"{directory} contains no checkpoint")
+        raise UserError(f"{directory} {'contains no checkpoint' if directory.exists() else 'does not exist'}")
     damaged = 0
     for path in paths:
         try:

@@ -150,9 +150,10 @@ def test_list_and_verify_show_steps_losses_sizes_and_damage(tmp_path, capsys):
     for directory in (tmp_path, tmp_path / "ckpt_000005", tmp_path / "ckpt_000010"):
         with pytest.raises(SystemExit, match="1"):
             shown("list", directory)
-    for missing in (tmp_path / "nothing", tmp_path / "ckpt_000099", path):
-        with pytest.raises(UserError, match="no checkpoint"):
-            shown("list", missing)
+    for other, words in (("nothing", "does not exist"), ("ckpt_000099", "does not exist"),
+                         (path.relative_to(tmp_path), "contains no checkpoint")):
+        with pytest.raises(UserError, match=words):
+            shown("list", tmp_path / other)
 
 
 def test_init_from_crops_the_positions_to_block_size(tmp_path, shards, whole, capsys):
