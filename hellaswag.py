@@ -315,7 +315,8 @@ def print_report(args, examples, results, comparisons):
         indices = range(len(examples))
         if comparisons:
             indices = scores.differing(next(iter(comparisons.values())))
-        scores.print_examples(examples, indices[: args.show], results)
+        if indices:  # two models may have got the same examples right
+            scores.print_examples(examples, indices[: args.show], results)
     if args.by:
         scores.print_groups(results, args.by)
     if results[0]["n"] == HELLASWAG_EXAMPLES:

@@ -335,6 +335,8 @@ def test_the_command_compares_two_models(two_models, capsys):
     assert (len(norm["only_b"]) - len(norm["only_a"])) / 40 == pytest.approx(norm["difference"])
     differing = sorted(norm["only_a"] + norm["only_b"])
     assert f"example {differing[0]}:" in printed and printed.count("\nexample ") == 1
+    run("--compare", one, one / "ckpt_000000", "--show", 1)  # the same model: there is nothing to show
+    assert "log-likelihoods" not in capsys.readouterr().out
 
 
 def test_with_json_to_stdout_nothing_else_is_printed(tmp_path, two_models, capsys):
