@@ -311,7 +311,8 @@ def open_model(args, config, data, identity, newest, run, ranks):
         ranks.say(*(f"changed: {change}" for change in changes), f"resuming {newest} at step {step}")
     elif args.init_from:
         model = load_init(args, data, ranks)
-        shape = ", ".join(f"{name} {getattr(model.config, name)}" for name in recipe.SHAPE)
+        shape = ", ".join(f"{name} {getattr(model.config, name)}" for name in recipe.SHAPE if name[:2] == "n_"
+                          or getattr(model.config, name) != getattr(GPTConfig, name))  # unlike GPT-2's
         ranks.say(f"weights and shape are those of {args.init_from}: {shape}")
     else:
         torch.manual_seed(args.seed)

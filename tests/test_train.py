@@ -244,7 +244,7 @@ def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(shards, whol
     assert float(log[0, "val"]) == pytest.approx(float(whole.log[12, "val"]), abs=1e-5)
     # the model's shape overrides the flags, and the run says so
     train(shards, tmp_path / "other", "--init_from", whole.log_dir, "--n_embd", 48, "--max_steps", 1)
-    assert "n_layer 2, n_head 2, n_embd 32, vocab_size 512" in capsys.readouterr().out
+    assert "n_layer 2, n_head 2, n_embd 32, vocab_size 512, block_size 32\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "other" / "run.json").read_text())["flags"]["n_embd"] == 32
     with pytest.raises(UserError, match="--sequence_length"):
         train(shards, tmp_path / "x", "--init_from", whole.log_dir, "--sequence_length", 64)
