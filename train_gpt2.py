@@ -245,8 +245,7 @@ def open_data(args, ranks):
     if not val_windows:
         raise UserError(f"--val_start {args.val_start}: the val split has only {tokens} tokens")
     if last > val.num_windows:
-        ranks.say(f"validation reads {len(val_windows) * args.sequence_length:,} tokens, to the end of the "
-                  "val split")
+        ranks.say(f"validation reads {len(val_windows) * args.sequence_length:,} tokens, to the split's end")
 
     examples = load_hellaswag(args, ranks) if tokenizer and args.hellaswag_every else None
     if ranks.max(examples is None):  # all ranks evaluate, or none
@@ -333,8 +332,7 @@ def load_init(args, data, ranks):
                         f"{model.config.block_size} tokens; use --sequence_length {model.config.block_size}")
     if data.num_tokens > model.config.vocab_size:
         raise UserError(f"--data_dir {args.data_dir}: its tokenizer has {data.num_tokens} ids, "
-                        f"{args.init_from} only {model.config.vocab_size}: prepare the data again with the "
-                        "model's, fineweb_edu.py --tokenizer FILE")
+                        f"{args.init_from} only {model.config.vocab_size}: prepare the data with the model's")
     if data.tokenizer:
         checkpoint.check_tokenizer(args.init_from, data.tokenizer, args.data_dir, ranks.say)
     if args.crop_to:
