@@ -52,10 +52,13 @@ def parse_args(argv=None):
     add("--nproc", type=integer(1), default=1, metavar="N", help="ranks of each run, started by torchrun")
     own = {action.dest for action in parser._actions}
     add = parser.add_argument_group("run").add_argument
-    for flag in ("--data_dir", "--device", "--dtype", "--micro_batch_size", "--val_every"):
-        add(flag, default=argparse.SUPPRESS, help="as in train_gpt2.py")
-    add("--compile", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-        help="as in train_gpt2.py")
+    as_there = dict(default=argparse.SUPPRESS, help="as in train_gpt2.py")
+    add("--data_dir", metavar="DIR", **as_there)
+    add("-d", "--device", **as_there)
+    add("--dtype", metavar="DTYPE", **as_there)
+    add("--compile", action=argparse.BooleanOptionalAction, **as_there)
+    add("--micro_batch_size", type=integer(1), **as_there)
+    add("--val_every", type=integer(0), **as_there)
     recipe.add_flags(parser, default=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.common = as_flags({name: value for name, value in vars(args).items() if name not in own})
