@@ -16,7 +16,7 @@ import tokenizer
 from kit import llama, variants
 from kit.files import UserError, first_line, share_tensors, temporary_path
 from kit.published import HELLASWAG_EXAMPLES
-from kit.recipe import TRAINING
+from kit.recipe import TRAINING, VARIANTS
 from kit.record import read_curves, read_record
 from kit.sources import HUB_TIMEOUT
 
@@ -26,7 +26,7 @@ CARD = """\
 ---
 # {name}
 
-A GPT-2 of {parameters:,} parameters: {n_layer} layers, {n_head} heads, width {n_embd}, a context of
+A GPT-2{variants} of {parameters:,} parameters: {n_layer} layers, {n_head} heads, width {n_embd}, a context of
 {block_size} tokens, {num_tokens:,} token ids.
 
 ```python
@@ -276,6 +276,8 @@ def model_card(model, name, source, meta=None, log_dir=None):
         for key, value in data.items():
             rows.append((key, value if isinstance(value, str) else file_names(value)))
         rows += [(setting, settings[setting]) for setting in TRAINING if setting in settings]
+        rows += [(setting, settings[setting]) for setting, default in VARIANTS.items()
+                 if settings.get(setting, default) != default]
         curves = read_curves(log_dir)
         for stream, meaning in RESULTS.items():
             measured = [pair for pair in zip(*curves.get(stream, ((), ()))) if pair[0] <= meta["step"]]
@@ -294,7 +296,9 @@ def model_card(model, name, source, meta=None, log_dir=None):
         model_name=Path(name).name, datasets=[data["dataset"]] if "dataset" in data else None)
     c = model.config
     parameters = model.num_params() - (c.vocab_size - c.num_tokens) * c.n_embd
+    beyond = variants.beyond_gpt2(c).values()
     return CARD.format(
+        variants=f" with {', '.join(beyond)}" if beyond else "",
         front_matter=front_matter.to_yaml(), name=name, parameters=parameters, n_layer=c.n_layer,
         n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size, num_tokens=c.num_tokens,
         training="\n".join(f"| {what} | {table_cell(value)} |" for what, value in rows))

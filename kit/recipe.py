@@ -18,7 +18,7 @@ class Setting:
     name: str
     default: object
     help: str
-    section: str  # "batch", "optimizer", "model", "variants" or "validation"
+    section: str  # "batch", "optimizer", "model", "model variants", "training variants" or "validation"
     least: float | None = None  # the smallest value allowed, and the largest
     most: float | None = None
     choices: tuple | None = None
@@ -35,18 +35,6 @@ SETTINGS = (
     Setting("min_lr", 6e-5, "learning rate at the end", "optimizer", 0, changeable=True),
     Setting("warmup_steps", 715, "steps of linear warm-up; the default is GPT-3's 375M tokens", "optimizer",
             0, changeable=True),
-    Setting("schedule", "cosine", "cosine, or wsd: constant, then linearly down to min_lr",
-            "optimizer", changeable=True, choices=("cosine", "wsd")),
-    Setting("decay_fraction", 0.4, "part of the steps, the last ones, over which wsd decays", "optimizer",
-            0.001, 1, changeable=True),
-    Setting("optimizer", "adamw", "adamw, or muon for the blocks' matrices and AdamW for the rest",
-            "optimizer", choices=("adamw", "muon")),
-    Setting("beta1", 0.9, "AdamW's decay of the mean gradient", "optimizer", 0, 0.99999, changeable=True),
-    Setting("beta2", 0.95, "AdamW's decay of the mean squared gradient", "optimizer", 0, 0.99999,
-            changeable=True),
-    Setting("muon_momentum", 0.95, "Muon's momentum", "optimizer", 0, 0.99999, changeable=True),
-    Setting("muon_scale", 0.2, "size of Muon's updates, as a multiple of the learning rate", "optimizer", 0,
-            changeable=True),
     Setting("weight_decay", 0.1, "for matrices and embeddings", "optimizer", 0, changeable=True),
     Setting("grad_clip", 1.0, "largest gradient norm; 0 disables clipping", "optimizer", 0, changeable=True),
     Setting("dropout", 0.0, "probability of dropping an activation", "optimizer"),
@@ -61,16 +49,29 @@ SETTINGS = (
             recipe=False),
     Setting("bias", True, "biases in linear layers and LayerNorms", "model"),
     # names of parts: GPTConfig checks them, so that kit/variants.py alone lists them
-    Setting("mlp", "gelu", "activation of the MLP: gelu, swiglu or relu2", "variants"),
-    Setting("norm", "layernorm", "layernorm or rmsnorm", "variants"),
-    Setting("position", "learned", "positions: learned, or rope (rotary)", "variants"),
-    Setting("qk_norm", False, "normalize queries and keys", "variants"),
-    Setting("tie_embeddings", True, "one matrix embeds and predicts the tokens", "variants"),
-    Setting("logit_softcap", 0.0, "bend logits so that they stay below this; 0 disables it", "variants", 0),
-    Setting("value_residual", False, "mix the first layer's values into those of each layer", "variants"),
-    Setting("embedding_norm", False, "normalize the embedded tokens", "variants"),
-    Setting("x0_shortcut", False, "mix the embedded tokens into the input of each block", "variants"),
-    Setting("zero_init", False, "blocks, and an untied head, begin with an output of 0", "variants"),
+    Setting("mlp", "gelu", "activation of the MLP: gelu, swiglu or relu2", "model variants"),
+    Setting("norm", "layernorm", "layernorm or rmsnorm", "model variants"),
+    Setting("position", "learned", "positions: learned, or rope (rotary)", "model variants"),
+    Setting("qk_norm", False, "normalize queries and keys", "model variants"),
+    Setting("tie_embeddings", True, "one matrix embeds and predicts the tokens", "model variants"),
+    Setting("logit_softcap", 0.0, "bend logits to stay below this; 0 disables it", "model variants", 0),
+    Setting("value_residual", False, "mix the first layer's values into each layer's", "model variants"),
+    Setting("embedding_norm", False, "normalize the embedded tokens", "model variants"),
+    Setting("x0_shortcut", False, "mix the embedded tokens into the input of each block", "model variants"),
+    Setting("zero_init", False, "blocks, and an untied head, begin with an output of 0", "model variants"),
+    Setting("schedule", "cosine", "cosine, or wsd: constant, then linearly down to min_lr",
+            "training variants", changeable=True, choices=("cosine", "wsd")),
+    Setting("decay_fraction", 0.4, "part of the steps, the last ones, over which wsd decays",
+            "training variants", 0.001, 1, changeable=True),
+    Setting("optimizer", "adamw", "adamw, or muon for the blocks' matrices and AdamW for the rest",
+            "training variants", choices=("adamw", "muon")),
+    Setting("beta1", 0.9, "AdamW's decay of the mean gradient", "training variants", 0, 0.99999,
+            changeable=True),
+    Setting("beta2", 0.95, "AdamW's decay of the mean squared gradient", "training variants", 0, 0.99999,
+            changeable=True),
+    Setting("muon_momentum", 0.95, "Muon's momentum", "training variants", 0, 0.99999, changeable=True),
+    Setting("muon_scale", 0.2, "size of Muon's updates, as a multiple of the learning rate",
+            "training variants", 0, changeable=True),
     Setting("val_tokens", 10485760, "tokens of the val split that the validation loss reads", "validation", 1,
             recipe=False),
     Setting("val_start", 0, "tokens at the start of the val split that it skips", "validation", 0,
@@ -79,7 +80,10 @@ SETTINGS = (
 
 IDENTITY = tuple(setting.name for setting in SETTINGS)
 CHANGEABLE = tuple(setting.name for setting in SETTINGS if setting.changeable)
-SHAPE = tuple(setting.name for setting in SETTINGS if setting.section in ("model", "variants"))  # no dropout
+SHAPE = tuple(setting.name for setting in SETTINGS
+              if setting.section in ("model", "model variants"))  # dropout is no part of it
+# what GPT-2's recipe does not have, and the value that says so, which a record without it has
+VARIANTS = {setting.name: setting.default for setting in SETTINGS if setting.section.endswith("variants")}
 RECIPE = ("init_from", *(setting.name for setting in SETTINGS if setting.recipe))
 TRAINING = tuple(setting.name for setting in SETTINGS if setting.section in ("batch", "optimizer"))
 

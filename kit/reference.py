@@ -8,7 +8,7 @@ the flags in kit.recipe.RECIPE, "data_source" and "tokenizer".
 import math
 from pathlib import Path
 
-from kit.recipe import RECIPE
+from kit.recipe import RECIPE, VARIANTS
 from kit.record import read_curves, read_record
 
 REFERENCES = Path(__file__).parent.parent / "results/reference"
@@ -31,10 +31,10 @@ def loss_at(step, steps, losses):
 
 def same_recipe(reference, run):
     """Whether a run has a reference's recipe and data; both as `read_record` returns them."""
-    flags = {name: value for name, value in reference["flags"].items() if name in RECIPE}
+    flags = VARIANTS | {name: value for name, value in reference["flags"].items() if name in RECIPE}
     data = reference["data_source"]
     return (reference.get("tokenizer") == run.get("tokenizer") and data != {}
-            and all(run["flags"].get(name) == value for name, value in flags.items())
+            and all(run["flags"].get(name, VARIANTS.get(name)) == value for name, value in flags.items())
             and all(run["data_source"].get(name) == value for name, value in data.items()))
 
 

@@ -42,6 +42,14 @@ def test_a_loss_outside_the_band_is_reported(tmp_path, folder, loss, words):
         assert "\n" not in message
 
 
+def test_a_variant_is_no_run_of_gpt2s_recipe(tmp_path, folder):
+    """References that were recorded before a variant existed lack its flag."""
+    run = write_run(tmp_path / "run", flags={**FLAGS, "norm": "rmsnorm", "optimizer": "adamw"})
+    assert reference.check(100, 9.0, run, folder) is None
+    run = write_run(tmp_path / "same", flags={**FLAGS, "norm": "layernorm", "optimizer": "adamw"})
+    assert reference.check(100, 9.0, run, folder) is not None
+
+
 def test_a_curve_is_interpolated_between_its_steps():
     curve = [0, 100, 400], [9, 4, 3]
     assert [reference.loss_at(step, *curve) for step in (0, 100, 400)] == [9, 4, 3]

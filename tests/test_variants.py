@@ -404,3 +404,13 @@ def test_a_published_class_that_fits_computes_the_same(more, kind, tmp_path):
     assert theirs.config.model_type == kind
     with torch.no_grad():
         assert (theirs(idx).logits - gpt(idx)[0][..., :500]).abs().max() < 1e-4
+
+
+def test_a_run_with_variants_is_exported_with_a_card_that_names_them(learned, tmp_path):
+    flags = {**LLAMA, "optimizer": "muon", "max_steps": 2}
+    gpt = trained_looking(**LLAMA)
+    path = make.small_checkpoint(tmp_path / "log", gpt, tokenizer=learned, identity=recipe.identity_of(flags))
+    checkpoint.export(path, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A GPT-2 with mlp swiglu, norm rmsnorm, position rope of" in card
+    assert "| optimizer | muon |" in card and "muon_momentum" not in card and "| schedule" not in card
