@@ -10,10 +10,11 @@ run has its own directory in --out; the same command continues where it was stop
 report.md, and a picture, curves.png.
 
 With --sweep, each arm first trains with every value and one seed. The best value is chosen by the first half
-of the val split; the runs that are reported are validated on the second half.
+of the val split. The runs that are reported have other seeds and are validated on the second half.
 """
 
 import argparse
+import contextlib
 import math
 import re
 import shlex
@@ -28,6 +29,8 @@ from kit import recipe
 from kit.flags import Parser, from_command_line, integer, number
 
 FIRST_SEED = 1337
+# facts of a run's record that decide its speed
+SETUP = ("device_name", "threads", "world_size", "dtype", "compiled", "torch")
 QUIET = ("--hellaswag_every", "0", "--sample_every", "0", "--no-plot")  # of every run
 SPEEDRUN_TARGET = 1.83  # bits per byte of the demo's val split: docs/speedrun.md
 
@@ -39,14 +42,16 @@ def parse_args(argv=None):
                            "part of an arm.")
     add = parser.add_argument
     add("arms", nargs="+", metavar="ARM",
-        help="a config, or a config and flags in quotes; the first is the baseline")
+        help="a config, or a config and flags in quotes; the first is the baseline (the last of a speedrun)")
     add("--seeds", type=integer(1), default=1, metavar="N", help="runs of each arm, each with another seed")
     add("--sweep", action="append", default=[], metavar="FLAG=VALUE,...",
         help="values to choose from, for each arm; given twice: all pairs")
+    add("--any_version", action="store_true",
+        help="keep finished runs of other versions of this program (default: they are refused)")
     add("--scaling", metavar="LAYERSxWIDTH,...", type=sizes_of, default=[],
         help="train one arm in four sizes or more, and predict the loss of the largest from the others")
     add("--tokens_per_parameter", type=number(0.01), default=20.0,
-        help="of --scaling, by the parameters of the blocks")
+        help="training tokens per parameter of the blocks, with --scaling")
     add("--speedrun", action="store_true", help="compare the time of whole commands: docs/speedrun.md")
     add("--out", default="log_compare", metavar="DIR", help="directory of the runs and the report")
     add("--nproc", type=integer(1), default=1, metavar="N", help="ranks of each run, started by torchrun")
@@ -58,23 +63,31 @@ def parse_args(argv=None):
     add("--dtype", metavar="DTYPE", **as_there)
     add("--compile", action=argparse.BooleanOptionalAction, **as_there)
     add("--micro_batch_size", type=integer(1), **as_there)
-    add("--val_every", type=integer(0), **as_there)
+    add("--val_every", type=integer(1), **as_there)
     recipe.add_flags(parser, default=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.common = as_flags({name: value for name, value in vars(args).items() if name not in own})
+    common = {name: value for name, value in vars(args).items() if name not in own}
+    args.common = as_flags(common)
     sweeps = [sweep.partition("=")[::2] for sweep in args.sweep]
+    for used, why, names in (
+            (True, "use --seeds", ["seed"]), (sweeps, "--sweep sets it", ["val_start"]),
+            (args.scaling, "--scaling sets it", ["n_layer", "n_head", "n_embd", "max_steps"]),
+            (args.speedrun, "a speedrun reads the whole val split", ["val_start", "val_tokens"])):
+        for name in common.keys() & set(names if used else ()):
+            parser.error(f"argument --{name}: {why}")
     for name, values in sweeps:
-        if name not in recipe.IDENTITY or not values:
+        if name not in recipe.IDENTITY or name in ("seed", "val_start", "val_tokens") or not values:
             parser.error(f"argument --sweep: {name}={values} must be a flag of a recipe and its values, as "
                          "in max_lr=1e-3,3e-3")
-    args.grid = [dict(zip((name for name, _ in sweeps), chosen))
+    args.grid = [{name: {"true": True, "false": False}.get(value.lower(), value)
+                  for (name, _), value in zip(sweeps, chosen)}
                  for chosen in product(*(values.split(",") for _, values in sweeps))]
     if args.speedrun and (len(args.arms) != 2 or sweeps):
         parser.error("argument --speedrun: it compares two arms, a new one and an old one, without --sweep")
-    if args.scaling and (len(args.arms) != 1 or sweeps or len(args.scaling) < 4):
-        parser.error("argument --scaling: it needs one arm and four sizes or more, without --sweep")
-    if len(args.arms) < 2 and not args.scaling:
-        parser.error("a comparison needs two arms or more, the baseline first")
+    if args.scaling and (len(args.arms) != 1 or sweeps or len(set(args.scaling)) < 5):
+        parser.error("argument --scaling: it needs one arm and five different sizes or more, without --sweep")
+    if not args.scaling and not 2 <= len(args.arms) <= 7:
+        parser.error("a comparison needs two arms or more, the baseline first, and at most seven")
     return args
 
 
@@ -104,8 +117,9 @@ import torch
 import fineweb_edu
 import train_gpt2
 from kit import curves
-from kit.experiments import PowerLaw, Result, as_text, interval
+from kit.experiments import PowerLaw, Result, as_text, interval, with_deviation
 from kit.files import UserError, atomic_write, count, run_script
+from kit.record import source
 from kit.shards import open_shards
 from model import GPT
 
@@ -127,10 +141,18 @@ class Arm:
 
 
 def open_arm(text, args):
-    """The Arm that a word of the command line describes. Exits if its config or a flag does not exist."""
-    config, *flags = shlex.split(text)
-    words = [config if config.startswith("@") else f"@{config}", *flags, *args.common]
-    train_gpt2.model_config(train_gpt2.parse_args(words))  # a part that does not exist is refused
+    """The Arm that a word of the command line describes. UserError, or an exit, if it can't be trained."""
+    try:
+        config, *flags = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"the arm {text!r} is not a config and flags ({error})") from error
+    words = [config if config.startswith("@") else f"@{config}", *args.common, *flags]
+    for settings in args.grid:  # all, so that a mistake is found before the first run
+        parsed = train_gpt2.parse_args([*words, *as_flags(settings)])
+        train_gpt2.model_config(parsed)
+        train_gpt2.grad_accum_steps(parsed, argparse.Namespace(world_size=args.nproc))
+        if not parsed.val_every:
+            raise UserError(f"{text}: --val_every 0 leaves nothing to compare")
     return Arm(text, words)
 
 
@@ -150,8 +172,12 @@ def directory(arm, args, flags):
     return Path(args.out, name, ",".join(f"{flag}={value}" for flag, value in flags.items()))
 
 
+class Diverged(UserError):
+    """A run whose loss was not finite."""
+
+
 def train(words, log_dir, args):
-    """Run train_gpt2.py with these words; what it prints goes into a file. Raises UserError if it fails."""
+    """Run train_gpt2.py with these words; what it prints goes into a file. UserError if it fails."""
     log_dir.parent.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
     command = [sys.executable, *(launcher if args.nproc > 1 else []), train_gpt2.__file__, *words,
@@ -165,12 +191,14 @@ def train(words, log_dir, args):
             process.wait()
             raise
     if status:
-        last = output.read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise UserError(f"{log_dir} ended with status {status}: {''.join(last)} (all of it: {output})")
+        lines = output.read_text(encoding="utf-8").strip().splitlines()
+        diverged = any("lower --max_lr" in line for line in lines[-30:])
+        raise (Diverged if diverged else UserError)(
+            f"{log_dir} ended with status {status}: {''.join(lines[-1:])} (all of it: {output})")
 
 
 def run(arm, args, **flags):
-    """The Result of one run with further flags, which is trained unless it is finished. Raises UserError."""
+    """Train an arm with further flags, unless that run is finished; return its Result. Raises UserError."""
     log_dir, words = directory(arm, args, flags), [*arm.words, *as_flags(flags)]
     result = Result(log_dir)
     if result.record["starts"]:
@@ -179,6 +207,9 @@ def run(arm, args, **flags):
             if value not in (None, recorded[name]):
                 raise UserError(f"{log_dir} contains a run with --{name} {recorded[name]}, not {value}: name "
                                 "another --out")
+        if not args.any_version and result.record.get("source") != source()[0]:
+            raise UserError(f"{log_dir} was trained by another version of this program: name another --out, "
+                            "or keep it with --any_version")
     started = time.perf_counter()
     if not result.finished:
         train([*words, "--resume"], log_dir, args)
@@ -198,17 +229,19 @@ def choose(arm, args, half):
         try:
             result = run(arm, args, **settings, seed=FIRST_SEED, val_tokens=half)
             losses[tuple(settings.items())] = result.final
-        except UserError as error:  # it may have diverged, which is a result too
-            if "not finite" not in str(error):
-                raise
+        except Diverged:
             losses[tuple(settings.items())] = np.inf
     best = min(losses, key=losses.get)
+    if losses[best] == np.inf:
+        raise UserError(f"{arm.name} diverged with every value of --sweep")
     arm.settings = dict(best)
     lines = [f"| {arm.name} | {' '.join(as_flags(dict(tried)))} | {loss:.4f}{' (chosen)' * (tried == best)} |"
              for tried, loss in losses.items()]
     for name, value in best:
-        values = sorted({dict(tried)[name] for tried in losses}, key=float)
-        if value in (values[0], values[-1]) and len(values) > 1:
+        with contextlib.suppress(ValueError):  # of words
+            values = sorted({float(dict(tried)[name]) for tried in losses})
+            if len(values) < 3 or float(value) not in (values[0], values[-1]):
+                continue
             lines.append(f"| {arm.name} | | the best {name} is at the edge of the sweep: widen it |")
     return lines
 
@@ -228,14 +261,15 @@ def report(arms):
             if needed is not None:
                 tokens.append(needed / reference.tokens)
                 times.append(tokens[-1] * result.seconds_per_token / reference.seconds_per_token)
+        several = len({tuple(map(str, map(result.record.get, SETUP))) for a in arms for result in a.results})
         step = np.median([result.seconds_per_token * result.tokens_per_step for result in arm.results])
         reached = len(tokens) == len(arm.results)
         lines.append(
             f"| {arm.name} {' '.join(as_flags(arm.settings))} | {record['parameters']:,} | "
             f"{record['flops_per_token'] / 1e6:.2f}M | {record['flags']['max_steps']:,} | "
-            f"{as_text(finals, 4)} | "
-            + (f"{as_text(tokens, 2)} | {as_text(times, 2)}" if reached else "not reached | ")
-            + f" | {1000 * step:.0f} ms |")
+            f"{with_deviation(finals)} | "
+            + (f"{as_text(tokens, 2)} | " if reached else f"reached by {len(tokens)} of {len(finals)} | ")
+            + (f"{as_text(times, 2)} | {1000 * step:.0f} ms |" if reached and several == 1 else "| |"))
         if arm is not base:
             pairs = zip(arm.results, base.results)  # a seed has the same order of batches in both
             mean, half = interval([result.final - other.final for result, other in pairs])
@@ -244,7 +278,10 @@ def report(arms):
                        + (": within the noise of the seeds" if abs(mean) < half else ""))
             notes.append(f"{arm.name}: final loss {mean:+.4f} against {base.name}, {verdict}.")
     return [*lines, "", "Losses: nats per token. Tokens and time: fractions of the baseline's run. "
-            f"In brackets: 95% intervals over {count(len(base.results), 'seed')}.", "", *notes]
+            f"± is the standard deviation, in brackets are 95% intervals, over "
+            f"{count(len(base.results), 'seed')}. Time per step is the median of training steps.",
+            *(["", "The runs differ in " + " or ".join(SETUP) + ": times are not compared."] if several > 1
+              else []), "", *notes]
 
 
 def draw(arms, path):
@@ -274,11 +311,17 @@ def draw(arms, path):
             figure.savefig(file, format="png", metadata={"Date": None})
 
 
-def halve_val(arm):
-    """Half of the tokens of the val split that the arm reads. Makes the demo's data, if the arm wants it."""
+def prepare_data(arm):
+    """Make the demo's data, if the arm wants it; return the arm's flags."""
     flags = train_gpt2.parse_args(arm.words)
     if flags.demo_data:
         fineweb_edu.prepare_demo(flags.data_dir)
+    return flags
+
+
+def halve_val(arm):
+    """Half of the tokens of the val split that the arm reads."""
+    flags = prepare_data(arm)
     length = sum(len(tokens) for _, tokens in open_shards(flags.data_dir, "val"))
     return min(length, flags.val_tokens) // 2
 
@@ -289,15 +332,17 @@ def speedrun(arms, args):
     Each must reach SPEEDRUN_TARGET. Raises UserError if a run exists already: a resumed one can't be timed.
     """
     for arm in arms:
-        halve_val(arm)  # makes the data: that is not part of the time
+        prepare_data(arm)  # that is not part of the time
     seconds, losses = ([[] for _ in arms] for _ in range(2))
     for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
-        for i, arm in enumerate(arms):
+        # in turn, and each first as often: the first one of a pair may find a colder machine
+        for i, arm in list(enumerate(arms))[:: 1 if (seed - FIRST_SEED) % 2 else -1]:
             log_dir = directory(arm, args, dict(seed=seed))
             if log_dir.exists():
                 raise UserError(f"{log_dir} exists: a speedrun starts anew, name another --out")
             started = time.perf_counter()
-            train([*arm.words, "--seed", str(seed)], log_dir, args)
+            train([*arm.words, "--seed", str(seed), "--val_start", "0", "--val_tokens", "1000000000"],
+                  log_dir, args)
             seconds[i].append(time.perf_counter() - started)
             losses[i].append(Result(log_dir).curves["val_bpb"][1][-1])
             print(f"{log_dir}: {losses[i][-1]:.4f} bits per byte in {seconds[i][-1]:.1f} s", flush=True)
@@ -317,11 +362,13 @@ def scaling(arm, args):
     for n_layer, n_embd in args.scaling:
         n_head = max(1, n_embd * flags.n_head // flags.n_embd)  # heads stay as wide as they are
         shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        if n_embd % n_head:
+            raise UserError(f"--scaling {n_layer}x{n_embd}: the width must be a multiple of {n_head} heads")
         with torch.device("meta"):
             blocks = GPT(replace(train_gpt2.model_config(flags), **shape)).transformer.h
-        count = sum(p.numel() for p in blocks.parameters())
-        steps = round(args.tokens_per_parameter * count / flags.total_batch_size)
-        sizes[count] = dict(**shape, max_steps=max(1, steps))
+        size = sum(p.numel() for p in blocks.parameters())
+        steps = round(args.tokens_per_parameter * size / flags.total_batch_size)
+        sizes[size] = dict(**shape, max_steps=max(1, steps))
     *fitted, held_out = sorted(sizes)
     lines = ["| layers x width | parameters of the blocks | steps | validation loss |", "|---|---|---|---|"]
     losses = {}
@@ -374,6 +421,7 @@ def draw_scaling(law, size, loss, path):
 
 def main(args):
     arms = [open_arm(text, args) for text in args.arms]
+    print(f"what the runs print is in {args.out}/ARM/RUN.txt", flush=True)
     if len({arm.name for arm in arms}) < len(arms):
         raise UserError(f"{arms[-1].name} is given twice: the arms of a comparison differ")
     out, lines, flags = Path(args.out), [], {}
@@ -384,19 +432,23 @@ def main(args):
     else:
         check_same(arms)
         if args.sweep:
+            if any("--val_start" in arm.words for arm in arms):
+                raise UserError("--val_start in an arm: --sweep sets it")
             flags = dict.fromkeys(("val_start", "val_tokens"), halve_val(arms[0]))
             lines = ["| arm | tried | loss on the first half of val |", "|---|---|---|"]
             for arm in arms:
                 lines += choose(arm, args, flags["val_tokens"])
             lines.append("")
-        for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+        first = FIRST_SEED + bool(args.sweep)  # the seed that chose is not reported: its luck was chosen too
+        for seed in range(first, first + args.seeds):
             for arm in arms:
                 arm.results.append(run(arm, args, **arm.settings, seed=seed, **flags))
         lines += report(arms)
-        draw(arms, out / "curves.png")
     with atomic_write(out / "report.md") as file:
         file.write("\n".join(lines) + "\n")
     print(*lines, sep="\n")
+    if not args.speedrun and not args.scaling:
+        draw(arms, out / "curves.png")
     print(*(path for path in (out / "report.md", out / "curves.png") if path.exists()), sep="\n")
 
 

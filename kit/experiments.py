@@ -107,6 +107,12 @@ class PowerLaw:
         return tuple(math.exp(middle + sign * half) for sign in (0, -1, 1))
 
 
+def with_deviation(values):
+    """The mean of losses and their standard deviation, as text."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else " (one seed)"
+    return f"{statistics.fmean(values):.4f}{deviation}"
+
+
 def as_text(values, digits):
     """The mean of values with its 95% interval, as text."""
     mean, half = interval(values)

@@ -6,6 +6,7 @@ start at its top level, and those of all starts under "starts". source_DIGEST.zi
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import secrets
@@ -88,17 +89,23 @@ def read_record(log_dir):
         raise UserError(f"{path} is damaged ({error!r}); remove it, training does not need it") from error
 
 
+@functools.cache
+def source():
+    """This program's own files: (their digest, {name: bytes})."""
+    root = Path(__file__).parent.parent
+    paths = sorted(path for pattern in ("*.py", "kit/*.py", "configs/*.txt") for path in root.glob(pattern)
+                   if not path.name.startswith("."))  # an editor's
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:8], files
+
+
 def save_source(log_dir):
     """Store this program's own files as log_dir/source_DIGEST.zip, unless it is there; return the digest."""
-    root = Path(__file__).parent.parent
-    paths = sorted(path for pattern in ("*.py", "kit/*.py", "configs/*.txt") for path in root.glob(pattern))
-    names = [str(path.relative_to(root)) for path in paths]
-    contents = [path.read_bytes() for path in paths]
-    digest = hashlib.sha256(repr(list(zip(names, contents))).encode()).hexdigest()[:8]
+    digest, files = source()
     archive = Path(log_dir) / f"source_{digest}.zip"
     if not archive.exists():
         with atomic_write(archive, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as zipped:
-            for name, content in zip(names, contents):
+            for name, content in files.items():
                 zipped.writestr(name, content)
     return digest
 

@@ -55,7 +55,7 @@ def write_config(path, *more):
     return path
 
 
-def test_a_comparison_is_trained_resumed_and_reported(shards, tmp_path, train_here):
+def test_a_comparison_is_trained_resumed_and_reported(shards, tmp_path, train_here, monkeypatch):
     base, out = write_config(tmp_path / "base.txt", "--data_dir", shards), tmp_path / "out"
     command = [base, f"{base} --norm rmsnorm", "--seeds", 2, "--sweep", "max_lr=1e-3,1e-2", "--out", out]
     process = run_here(compare, *command)
@@ -64,9 +64,9 @@ def test_a_comparison_is_trained_resumed_and_reported(shards, tmp_path, train_he
     best = "max_lr=1e-2,seed={},val_start=500,val_tokens=500"
     assert runs == sorted(f"{arm}/{flags}" for arm in ("base", "base_--norm_rmsnorm") for flags in (
         "max_lr=1e-3,seed=1337,val_tokens=500", "max_lr=1e-2,seed=1337,val_tokens=500",
-        best.format(1337), best.format(1338)))
+        best.format(1338), best.format(1339)))  # not the seed that chose
     report = (out / "report.md").read_text()
-    assert "| base | --max_lr 1e-2 | " in report and "(chosen)" in report and "edge of the sweep" in report
+    assert "| base | --max_lr 1e-2 | " in report and "(chosen)" in report
     table = report.partition("| arm | parameters")[2]
     rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| base")]
     assert [len(row) for row in rows] == [8, 8] and "1.00 (1.00 to 1.00)" in rows[0][5]
@@ -83,11 +83,14 @@ def test_a_comparison_is_trained_resumed_and_reported(shards, tmp_path, train_he
     assert [line for line in (again / "log.txt").read_text().splitlines() if "tok/s" not in line] == log
     process = run_here(compare, *command, "--grad_clip", 0.5)
     assert_refused(process, "--grad_clip 1.0, not 0.5", "another --out")
+    monkeypatch.setattr(compare, "source", lambda: ("other", {}))
+    assert_refused(run_here(compare, *command), "trained by another version", "--any_version")
+    assert run_here(compare, *command, "--any_version").returncode == 0
 
 
 def test_sizes_are_trained_and_the_largest_is_predicted(shards, tmp_path, train_here):
     base, out = write_config(tmp_path / "base.txt", "--data_dir", shards), tmp_path / "out"
-    sizes = ["1x16", "1x32", "2x32", "2x48"]
+    sizes = ["1x16", "1x32", "2x32", "2x48", "3x48"]
     process = run_here(compare, "--scaling", ",".join(sizes), base, "--out", out, "--tokens_per_parameter",
                        0.1)
     assert process.returncode == 0, process.stderr
@@ -96,9 +99,9 @@ def test_sizes_are_trained_and_the_largest_is_predicted(shards, tmp_path, train_
     assert [row[0].strip("| ") for row in rows] == [size.replace("x", " x ") for size in sizes]
     assert rows[2][1:3] == ["25,408", "10"]  # 0.1 tokens each, 256 tokens a step
     predicted = next(i for i, line in enumerate(lines) if line.startswith("predicted loss of "))
-    assert "n_layer=2,n_head=3,n_embd=48" in lines[predicted + 1] and "Measured: " in report
+    assert "n_layer=3,n_head=3,n_embd=48" in lines[predicted + 1] and "Measured: " in report
     assert (out / "curves.png").stat().st_size > 10_000
-    assert_refused(run_here(compare, "--scaling", "1x16", base), "--scaling", "four sizes")
+    assert_refused(run_here(compare, "--scaling", "1x16", base), "--scaling", "five different sizes")
 
 
 def test_a_power_law_is_found_and_predicts():
@@ -111,7 +114,7 @@ def test_a_power_law_is_found_and_predicts():
     assert low < loss < high and noisy.exponent[1] > 0.005
 
 
-def test_a_speedrun_times_whole_commands(shards, tmp_path, monkeypatch):
+def test_a_speedrun_times_whole_commands(shards, tmp_path):
     base, out = write_config(tmp_path / "base.txt", "--data_dir", shards), tmp_path / "out"
     command = ["--speedrun", f"{base} --max_steps 4", base, "--out", out]
     process = run_here(compare, *command)
@@ -127,6 +130,11 @@ def test_a_speedrun_times_whole_commands(shards, tmp_path, monkeypatch):
     (["base.txt", "base.txt --norm rms"], "--norm must be 'layernorm' or 'rmsnorm'"),
     (["base.txt", "base.txt --sequence_length 16"], "--sequence_length 16, base has 32"),
     (["base.txt", "base.txt --norm rmsnorm", "--sweep", "log_dir=a,b"], "--sweep"),
+    (["base.txt", "base.txt --norm rmsnorm", "--seed", "3"], "use --seeds"),
+    (["base.txt", "base.txt --norm 'rmsnorm"], "is not a config and flags"),
+    (["base.txt", "base.txt --total_batch_size 100"], "--total_batch_size 100 is not a multiple"),
+    (["base.txt", "base.txt --val_every 0"], "--val_every 0"),
+    (["base.txt", "base.txt --norm rmsnorm", "--sweep", "schedule=cosine,linear"], "linear"),
     (["base.txt", "--scaling", "64"], "64 should be sizes such as 2x64"),
     (["base.txt", "base.txt --norm rmsnorm", "--speedrun", "--sweep", "max_lr=1,2"], "--speedrun"),
 ], ids=str)
@@ -134,6 +142,63 @@ def test_a_comparison_that_makes_no_sense_is_refused(tmp_path, monkeypatch, word
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path / "base.txt")
     assert_refused(run_here(compare, *words), reason)
+
+
+LOSSES = {"base": [4.0, 4.1, 4.2], "better": [3.8, 3.9, 4.0], "equal": [4.1, 4.1, 4.1]}
+
+
+def write_arms(tmp_path, losses=LOSSES):
+    """Arms with finished runs of 20 steps of 100 tokens, whose loss falls linearly from 6."""
+    arms = []
+    for name, finals in losses.items():
+        arms.append(compare.Arm(f"{name}.txt", []))
+        for seed, final in enumerate(finals):
+            log_dir = tmp_path / name / str(seed)
+            log_dir.mkdir(parents=True)
+            flags = {"max_steps": 20, "total_batch_size": 100}
+            record_start(log_dir, False, flags=flags, parameters=1234, flops_per_token=5e6, dtype="float32")
+            for step in (0, 10, 20):
+                loss = 6 + (final - 6) * step / 20
+                append_log(log_dir, step, {"val": loss, **({"tok/s": 1000.0} if step else {})})
+            arms[-1].results.append(Result(log_dir))
+    return arms
+
+
+def test_the_report_pairs_seeds_and_tells_noise_from_difference(tmp_path):
+    report = "\n".join(compare.report(write_arms(tmp_path)))
+    rows = {line.split("|")[1].strip(): line.split("|") for line in report.splitlines() if line[:3] in
+            ("| b", "| e")}
+    assert rows["base"][5].strip() == "4.1000 ± 0.1000" and rows["base"][6].strip() == "1.00 (1.00 to 1.00)"
+    ratios = [(6 - base) / (6 - better) for base, better in zip(LOSSES["base"], LOSSES["better"])]
+    assert rows["better"][6].split()[0] == f"{sum(ratios) / 3:.2f}" and rows["better"][8].strip() == "100 ms"
+    assert rows["equal"][6].strip() == "reached by 2 of 3" and not rows["equal"][7].strip()
+    assert "better: final loss -0.2000 against base, 95% interval -0.2000 to -0.2000." in report
+    assert ("equal: final loss -0.0000 against base, 95% interval -0.2484 to +0.2484: within the noise"
+            in report)
+
+
+def test_times_of_different_setups_are_not_compared(tmp_path):
+    arms = write_arms(tmp_path)
+    record_start(arms[1].results[0].log_dir, True, flags=arms[0].results[0].record["flags"], parameters=1234,
+                 flops_per_token=5e6, dtype="bfloat16")
+    arms[1].results[0] = Result(arms[1].results[0].log_dir)  # read again
+    report = "\n".join(compare.report(arms))
+    assert "times are not compared" in report and "100 ms" not in report
+
+
+def test_a_value_that_diverges_is_not_chosen(shards, tmp_path, train_here, monkeypatch):
+    def train(words, log_dir, args):
+        if "1e9" in words:
+            raise compare.Diverged("lower --max_lr")
+        compare_train(words, log_dir, args)
+
+    compare_train = compare.train
+    monkeypatch.setattr(compare, "train", train)
+    base = write_config(tmp_path / "base.txt", "--data_dir", shards)
+    process = run_here(compare, base, f"{base} --bias", "--sweep", "max_lr=1e9,1e-3", "--out",
+                       tmp_path / "out")
+    assert process.returncode == 0 and "| base | --max_lr 1e9 | inf |" in process.stdout
+    assert "--max_lr 1e-3 | " in process.stdout.partition("parameters")[2]
 
 
 def test_a_run_that_fails_is_named_with_its_output(shards, tmp_path):

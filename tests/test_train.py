@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 
 import make
 import pytest
@@ -193,6 +194,16 @@ def test_without_a_compiler_training_goes_on_and_says_so(
     monkeypatch.setattr(torch, "compile", broken)
     assert train(shards, tmp_path / "log", "--compile") == whole.log
     assert "so the model is not compiled: no C++ compiler found\n" in capsys.readouterr().out
+
+
+def test_the_record_has_the_program_itself(whole):
+    digest = json.loads((whole.log_dir / "run.json").read_text())["source"]
+    with zipfile.ZipFile(whole.log_dir / f"source_{digest}.zip") as archive:
+        names = set(archive.namelist())
+        assert {"model.py", "train_gpt2.py", "kit/optim.py", "configs/demo.txt"} <= names
+        assert not any(name.startswith("tests") for name in names)
+        assert archive.read("model.py") == (ROOT / "model.py").read_bytes()
+    assert len(list(whole.log_dir.glob("source_*"))) == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
