@@ -24,7 +24,7 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kit.flags import MODEL, Parser, from_command_line
@@ -53,7 +53,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 
-from kit import huggingface, nanogpt
+from kit import huggingface, nanogpt, recipe
 from kit.files import (
     UserError,
     digest,
@@ -409,6 +409,31 @@ def check_tokenizer(source, tokenizer, data_dir, say):
     lacking = ", ".join(token for token in special if token not in ours)
     if lacking:
         say(f"the tokenizer of this run is that of {data_dir}: it lacks {lacking} of {source}")
+
+
+def load_to_train(args, data, say):
+    """The model that --init_from names, for the data of a run; its shape overrides the flags.
+
+    args: the flags of train_gpt2.py. data: its Data. say: called with lines for the user. Raises UserError if
+    the model does not fit the data, or lacks a variant that a flag asks for.
+    """
+    model = load_model(args.init_from)
+    if args.sequence_length > model.config.block_size:
+        raise UserError(f"--sequence_length {args.sequence_length}: {args.init_from} reads at most "
+                        f"{model.config.block_size} tokens; use --sequence_length {model.config.block_size}")
+    if data.num_tokens > model.config.vocab_size:
+        raise UserError(f"--data_dir {args.data_dir}: its tokenizer has {data.num_tokens} ids, "
+                        f"{args.init_from} only {model.config.vocab_size}: prepare the data with the model's")
+    for name in recipe.MODEL_VARIANTS:
+        wanted, found = getattr(args, name), getattr(model.config, name)
+        if wanted not in (recipe.VARIANTS[name], found):
+            raise UserError(f"--{name} {wanted}: {args.init_from} has {found}; leave the flag out")
+    if data.tokenizer:
+        check_tokenizer(args.init_from, data.tokenizer, args.data_dir, say)
+    if args.crop_to:
+        crop_positions(model, args.crop_to, args.init_from, say)
+    config = replace(model.config, num_tokens=data.num_tokens, dropout=args.dropout)
+    return GPT.from_state(config, model.state_dict())  # rebuilt, because its layers contain the dropout
 
 
 def crop_positions(model, block_size, source, say):

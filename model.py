@@ -47,11 +47,11 @@ class GPTConfig:
     position: str = "learned"  # or "rope": rotary
     qk_norm: bool = False  # normalize queries and keys
     tie_embeddings: bool = True  # one matrix embeds and predicts the tokens
-    logit_softcap: float = 0.0  # bend logits to stay within +-this; 0: not at all
+    logit_softcap: float = 0.0  # soft-cap the logits to within +-this, by tanh; 0: off
     value_residual: bool = False  # each layer's attention also sees the first layer's values
-    embedding_norm: bool = False  # a norm behind the embedding
+    embedding_norm: bool = False  # a norm after the embedding
     x0_shortcut: bool = False  # each block also sees the embedded tokens
-    zero_init: bool = False  # blocks, and an untied head, begin with an output of 0
+    zero_init: bool = False  # blocks, and an untied head, output 0 at first (https://arxiv.org/abs/2203.03466)
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "num_tokens"):

@@ -309,7 +309,7 @@ def open_model(args, config, data, identity, newest, run, ranks):
             changes.append(f"learning rate at step {step} {rates[0]} -> {rates[1]}")
         ranks.say(*(f"changed: {change}" for change in changes), f"resuming {newest} at step {step}")
     elif args.init_from:
-        model = load_init(args, data, ranks)
+        model = checkpoint.load_to_train(args, data, ranks.say)
         shape = ", ".join(f"{name} {getattr(model.config, name)}" for name in recipe.SHAPE if name[:2] == "n_"
                           or getattr(model.config, name) != getattr(GPTConfig, name))  # unlike GPT-2's
         ranks.say(f"weights and shape are those of {args.init_from}: {shape}")
@@ -322,23 +322,6 @@ def open_model(args, config, data, identity, newest, run, ranks):
                             f"--n_layer {args.n_layer} --n_embd {args.n_embd} does not fit into this "
                             f"machine's memory ({first_line(error)})") from error
     return model.to(ranks.device).train(), meta
-
-
-def load_init(args, data, ranks):
-    """The model that --init_from names; its shape overrides the flags. UserError if the data differs."""
-    model = checkpoint.load_model(args.init_from)
-    if args.sequence_length > model.config.block_size:
-        raise UserError(f"--sequence_length {args.sequence_length}: {args.init_from} reads at most "
-                        f"{model.config.block_size} tokens; use --sequence_length {model.config.block_size}")
-    if data.num_tokens > model.config.vocab_size:
-        raise UserError(f"--data_dir {args.data_dir}: its tokenizer has {data.num_tokens} ids, "
-                        f"{args.init_from} only {model.config.vocab_size}: prepare the data with the model's")
-    if data.tokenizer:
-        checkpoint.check_tokenizer(args.init_from, data.tokenizer, args.data_dir, ranks.say)
-    if args.crop_to:
-        checkpoint.crop_positions(model, args.crop_to, args.init_from, ranks.say)
-    config = replace(model.config, num_tokens=data.num_tokens, dropout=args.dropout)
-    return GPT.from_state(config, model.state_dict())  # rebuilt, because its layers contain the dropout
 
 
 def open_optimizer(args, raw_model, newest, meta, precision, ranks):

@@ -1,7 +1,8 @@
 """GPT-2 in Hugging Face's format: from the hub or a directory, exported, with a model card, uploaded.
 
 AutoModelForCausalLM, AutoTokenizer, pipeline("text-generation") and lm-evaluation-harness load an exported
-directory without a network, and so does every -m here. Importing this file does not import transformers.
+directory without a network, and so does every -m here, except for a Llama or Qwen3 (kit/llama.py).
+Importing this file does not import transformers.
 """
 
 import functools

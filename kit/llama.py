@@ -13,7 +13,7 @@ BLOCK = {
 }
 ROOT = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
 # the fields of a GPTConfig that they can express, besides its size
-EXPRESSED = ("norm", "mlp", "position", "qk_norm", "tie_embeddings", "zero_init")
+EXPRESSED = ("norm", "mlp", "position", "qk_norm", "tie_embeddings")
 
 
 def fits(config):
@@ -37,8 +37,9 @@ def write(model, directory, end_of_text, padding):
         intermediate_size=model.transformer.h[0].mlp.c_proj.in_features, num_hidden_layers=c.n_layer,
         num_attention_heads=c.n_head, num_key_value_heads=c.n_head, head_dim=c.n_embd // c.n_head,
         rms_norm_eps=1e-5, attention_bias=c.bias, mlp_bias=c.bias, tie_word_embeddings=c.tie_embeddings,
-        bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=padding,
+        bos_token_id=end_of_text, eos_token_id=end_of_text,
     ))
+    theirs.generation_config.pad_token_id = padding  # in the config, it would freeze that token's embedding
     state = {name: torch.ones_like(tensor) for name, tensor in theirs.state_dict().items()
              if name.endswith(("q_norm.weight", "k_norm.weight"))}  # our QK-norm has no gain
     for name, tensor in model.state_to_save().items():

@@ -1,7 +1,7 @@
 """The optimizers: AdamW for everything, or Muon for the matrices of the blocks; and their state in files.
 
-An optimizer here may be several torch optimizers that step together (`Together`). Its parameters are counted
-over all of them, which names their state tensors in a checkpoint.
+`Together` makes several torch optimizers act as one. A checkpoint names each state tensor by its parameter's
+index, counted through all of them.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ def make(model, weight_decay, learning_rate, device_type, optimizer="adamw", bet
          muon_scale=0.2, muon_momentum=0.95, share=None):
     """The optimizer of a GPT: "adamw" or "muon". Settings with muon in their name concern Muon alone.
 
-    share: a function (f, x) -> f(x), for x of many independent matrices, that may spread the work over ranks.
+    share: share(f, x) returns f(x) for a stack x of independent matrices, and may split it over ranks.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {}  # a weight and how many matrices it consists of
@@ -86,7 +86,8 @@ class Muon(torch.optim.Optimizer):
         for shape, batch in batches.items():
             parts, updates = zip(*batch)
             updates = self.share(orthogonalize, torch.stack(updates))
-            step_size = group["lr"] * group["scale"] * max(shape) ** 0.5  # an orthogonal row has length 1
+            # the entries of an orthogonal matrix have an RMS of max(shape)^-0.5
+            step_size = group["lr"] * group["scale"] * max(shape) ** 0.5
             for part, update in zip(parts, updates):
                 part.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=step_size)
 
@@ -107,29 +108,27 @@ def orthogonalize(x, steps=5):
 
 
 def parts(optimizer):
-    """The torch optimizers that an optimizer consists of."""
-    return getattr(optimizer, "optimizers", (optimizer,))
+    """Yield the torch optimizers that an optimizer consists of: (the index of its first parameter, it)."""
+    first = 0
+    for part in getattr(optimizer, "optimizers", (optimizer,)):
+        yield first, part
+        first += sum(len(group["params"]) for group in part.param_groups)
 
 
 def state_tensors(optimizer):
     """The state as {"index.key": tensor}. index counts the parameters over all groups and optimizers."""
-    tensors, first = {}, 0
-    for part in parts(optimizer):
-        state = part.state_dict()["state"]
-        tensors |= {f"{first + i}.{key}": tensor for i in state for key, tensor in state[i].items()}
-        first += sum(len(group["params"]) for group in part.param_groups)
-    return tensors
+    return {f"{first + i}.{key}": tensor for first, part in parts(optimizer)
+            for i, state in part.state_dict()["state"].items() for key, tensor in state.items()}
 
 
 def expected_state(optimizer):
     """Shape and dtype of each of `state_tensors` after a step: {"index.key": (shape, dtype)}."""
-    expected, index = {}, 0
-    for part in parts(optimizer):
+    expected = {}
+    for first, part in parts(optimizer):
         keys = ("momentum",) if isinstance(part, Muon) else ("step", "exp_avg", "exp_avg_sq")
-        for p in (p for group in part.param_groups for p in group["params"]):
+        for index, p in enumerate((p for group in part.param_groups for p in group["params"]), first):
             expected |= {f"{index}.{key}": (torch.Size() if key == "step" else p.shape, torch.float32)
                          for key in keys}
-            index += 1
     return expected
 
 
@@ -145,9 +144,7 @@ def load_state(optimizer, tensors):
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state[int(index)][key] = tensor
-    first = 0
-    for part in parts(optimizer):
-        count = sum(len(group["params"]) for group in part.param_groups)
-        part.load_state_dict({"param_groups": part.state_dict()["param_groups"],
-                              "state": {i: state[first + i] for i in range(count) if first + i in state}})
-        first += count
+    for first, part in parts(optimizer):
+        groups = part.state_dict()["param_groups"]
+        indices = [i for group in groups for i in group["params"] if first + i in state]
+        part.load_state_dict({"param_groups": groups, "state": {i: state[first + i] for i in indices}})

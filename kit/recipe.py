@@ -48,20 +48,20 @@ SETTINGS = (
     Setting("block_size", None, "longest context of the model (default: --sequence_length)", "model",
             recipe=False),
     Setting("bias", True, "biases in linear layers and LayerNorms", "model"),
-    # names of parts: GPTConfig checks them, so that kit/variants.py alone lists them
+    # GPTConfig checks the names of parts: a new one in kit/variants.py needs no change here
     Setting("mlp", "gelu", "activation of the MLP: gelu, swiglu or relu2", "model variants"),
     Setting("norm", "layernorm", "layernorm or rmsnorm", "model variants"),
     Setting("position", "learned", "positions: learned, or rope (rotary)", "model variants"),
     Setting("qk_norm", False, "normalize queries and keys", "model variants"),
     Setting("tie_embeddings", True, "one matrix embeds and predicts the tokens", "model variants"),
-    Setting("logit_softcap", 0.0, "bend logits to stay below this; 0 disables it", "model variants", 0),
+    Setting("logit_softcap", 0.0, "soft-cap logits to within +-X, by tanh; 0: off", "model variants", 0),
     Setting("value_residual", False, "mix the first layer's values into each layer's", "model variants"),
     Setting("embedding_norm", False, "normalize the embedded tokens", "model variants"),
     Setting("x0_shortcut", False, "mix the embedded tokens into the input of each block", "model variants"),
-    Setting("zero_init", False, "blocks, and an untied head, begin with an output of 0", "model variants"),
+    Setting("zero_init", False, "blocks, and an untied head, output 0 at first", "model variants"),
     Setting("schedule", "cosine", "cosine, or wsd: constant, then linearly down to min_lr",
             "training variants", changeable=True, choices=("cosine", "wsd")),
-    Setting("decay_fraction", 0.4, "part of the steps, the last ones, over which wsd decays",
+    Setting("decay_fraction", 0.4, "fraction of the steps, at the end, in which wsd decays",
             "training variants", 0.001, 1, changeable=True),
     Setting("optimizer", "adamw", "adamw, or muon for the blocks' matrices and AdamW for the rest",
             "training variants", choices=("adamw", "muon")),
@@ -70,7 +70,7 @@ SETTINGS = (
     Setting("beta2", 0.95, "AdamW's decay of the mean squared gradient", "training variants", 0, 0.99999,
             changeable=True),
     Setting("muon_momentum", 0.95, "Muon's momentum", "training variants", 0, 0.99999, changeable=True),
-    Setting("muon_scale", 0.2, "size of Muon's updates, as a multiple of the learning rate",
+    Setting("muon_scale", 0.2, "RMS of Muon's updates, as a multiple of the learning rate",
             "training variants", 0, changeable=True),
     Setting("val_tokens", 10485760, "tokens of the val split that the validation loss reads", "validation", 1,
             recipe=False),
@@ -83,6 +83,7 @@ CHANGEABLE = tuple(setting.name for setting in SETTINGS if setting.changeable)
 SHAPE = tuple(setting.name for setting in SETTINGS
               if setting.section in ("model", "model variants"))  # dropout is no part of it
 # what GPT-2's recipe does not have, and the value that says so, which a record without it has
+MODEL_VARIANTS = tuple(setting.name for setting in SETTINGS if setting.section == "model variants")
 VARIANTS = {setting.name: setting.default for setting in SETTINGS if setting.section.endswith("variants")}
 RECIPE = ("init_from", *(setting.name for setting in SETTINGS if setting.recipe))
 TRAINING = tuple(setting.name for setting in SETTINGS if setting.section in ("batch", "optimizer"))

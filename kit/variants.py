@@ -1,7 +1,8 @@
 """Parts that can replace GPT-2's own. Each is chosen by a field of GPTConfig, which is also a flag of
 train_gpt2.py: --norm rmsnorm, --mlp swiglu, ...
 
-To add an activation, add a function to ACTIVATIONS; to add a norm, a line to NORMS.
+To add an activation, add a function and a line to ACTIVATIONS (and to GATED, if it halves its input); to add
+a norm, a line to NORMS.
 Shapes in comments: B = batch, T = time (tokens), C = n_embd, nh = heads, hs = head size.
 """
 
@@ -24,33 +25,36 @@ def swiglu(x):
     return F.silu(gate) * value
 
 
-# GPTConfig.mlp: the function between the MLP's two matmuls. Those in GATED halve their input
-ACTIVATIONS = {"gelu": F.gelu, "relu2": relu2, "swiglu": swiglu}
+# GPTConfig.mlp: what makes the function between the MLP's two matmuls. One that is GATED halves its input
+ACTIVATIONS = {
+    "gelu": lambda config: partial(F.gelu, approximate=config.gelu),
+    "relu2": lambda config: relu2,
+    "swiglu": lambda config: swiglu,
+}
 GATED = ("swiglu",)
-
-
-
-def activation(config):
-    """The function between the two matmuls of an MLP."""
-    return partial(F.gelu, approximate=config.gelu) if config.mlp == "gelu" else ACTIVATIONS[config.mlp]
-
 
 # GPTConfig.norm. RMSNorm does not subtract the mean (https://arxiv.org/abs/1910.07467)
 NORMS = {
     "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
     "rmsnorm": lambda config: nn.RMSNorm(config.n_embd, eps=1e-5),
 }
-
-
-def norm(config):
-    """A norm: of a block's attention and MLP, before the head, or behind the embedding."""
-    return NORMS[config.norm](config)
-
-
 CHOICES = {"mlp": tuple(ACTIVATIONS), "norm": tuple(NORMS), "position": ("learned", "rope"),
            "gelu": ("tanh", "none")}
 SWITCHES = ("bias", "qk_norm", "tie_embeddings", "value_residual", "embedding_norm", "x0_shortcut",
             "zero_init")
+
+
+def activation(config):
+    """The function between the two matmuls of an MLP."""
+    return ACTIVATIONS[config.mlp](config)
+
+
+def norm(config):
+    """A norm before attention, before the MLP, before the head, or after the embedding.
+
+    After the embedding it is embedding_norm, of BLOOM (https://arxiv.org/abs/2211.05100).
+    """
+    return NORMS[config.norm](config)
 
 
 def check(config):

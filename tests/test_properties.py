@@ -556,14 +556,18 @@ SOUND = dict(
     val_every=EVERY, sample_every=EVERY, save_every=EVERY, hellaswag_every=EVERY, keep=st.integers(2, 3),
     keep_every=EVERY, skip_bad_steps=EVERY, timeout=st.sampled_from([1, 2.5, 1e6]),
     val_tokens=st.sampled_from([40, 500]), sample_prompt=ARGUMENT | st.just("\udcff"),
-    bias=st.booleans(),
+    bias=st.booleans(), optimizer=st.sampled_from(["adamw", "muon"]), decay_fraction=st.floats(0.01, 1),
+    schedule=st.sampled_from(["cosine", "wsd"]), norm=st.sampled_from(["layernorm", "rmsnorm"]),
+    mlp=st.sampled_from(["gelu", "swiglu", "relu2"]),
 )
 HUGE = [10**30, 10**400]
 ODD = {name: [-1, 0, 1, 7, 33, "1.5", "", *HUGE] for name in SOUND} | dict(
     {name: [1e18, 1e30, 1e-50, 1e300, -0.1, "nan", "inf"]
      for name in ("max_lr", "min_lr", "weight_decay", "grad_clip")},
     dropout=[1.0, 1e-50, -0.1, "nan"], dtype=["int4"], seed=[-1, 2**63], val_tokens=[7, 10**15, *HUGE],
-    sample_prompt=["@none"], bias=[], timeout=[0, 0.5, -1, 1e8, 1e9, 1e30, "nan", "inf", *HUGE],
+    sample_prompt=["@none"], bias=[], optimizer=["sgd", ""], schedule=["linear"], norm=["", "batchnorm"],
+    mlp=["relu"], decay_fraction=[0, 1, 1.5, -1, "nan", *HUGE],
+    timeout=[0, 0.5, -1, 1e8, 1e9, 1e30, "nan", "inf", *HUGE],
     max_steps=[-1, 0, *HUGE], n_layer=[-1, 0, 3],  # many layers or steps would only take long
     **{name: [-1, 0, 1, 7, 33, 10**15, *HUGE] for name in ("vocab_size", "block_size", "n_embd")},
 )
@@ -593,7 +597,8 @@ def check_run(shards, flags):
         n_layer=1, n_head=2, n_embd=32, vocab_size=512, dropout=0.0, max_lr=3e-3, min_lr=6e-5,
         weight_decay=0.1, grad_clip=1.0, warmup_steps=1, max_steps=1, val_every=0, sample_every=0,
         save_every=0, hellaswag_every=0, keep=2, keep_every=0, skip_bad_steps=0, timeout=600, val_tokens=500,
-        sample_prompt="The", bias=True, data_dir=str(shards), log_dir="log",
+        sample_prompt="The", bias=True, optimizer="adamw", schedule="cosine", decay_fraction=0.4,
+        norm="layernorm", mlp="gelu", data_dir=str(shards), log_dir="log",
     ) | flags
     args = Namespace(**values)
     rates = [args.max_lr, args.min_lr, args.weight_decay, args.grad_clip]
@@ -603,8 +608,11 @@ def check_run(shards, flags):
               args.hellaswag_every, args.keep, args.keep_every, args.skip_bad_steps]
     meant = (
         args.data_dir == str(shards) and args.log_dir == "log" and args.dtype != "int4"
+        and args.optimizer in ("adamw", "muon") and args.schedule in ("cosine", "wsd")
+        and args.norm in ("layernorm", "rmsnorm") and args.mlp in ("gelu", "swiglu", "relu2")
+        and not isinstance(args.decay_fraction, str) and 0.001 <= args.decay_fraction <= 1
         and not any(isinstance(value, str) for value in [*rates, *sizes, *counts, args.dropout, args.timeout])
-        and 1 <= args.timeout < 1e8
+        and 1 <= args.timeout <= 1e8
         and all(size > 0 for size in sizes)
         and all(0 <= n < 2**63 for n in [*counts, args.val_tokens]) and all(0 <= r < 1e100 for r in rates)
         and max(sizes[:-1]) < 10**6 and args.n_embd % args.n_head == 0 and args.vocab_size >= 512
@@ -623,7 +631,7 @@ def check_run(shards, flags):
             assert not meant and [child.name for child in path.iterdir()] == ["hellaswag.jsonl"]
             return
         assert meant
-        written = {child.name for child in log_dir.iterdir()}
+        written = {child.name for child in log_dir.iterdir() if not child.name.startswith("source_")}
         lines = [line.split() for line in (log_dir / "log.txt").read_text().splitlines()]
         log = {(int(step), stream): float(value) for step, stream, value in lines}
         if status:  # absurd rates: the loss is not finite, and no checkpoint holds such weights
