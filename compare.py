@@ -18,6 +18,7 @@ import contextlib
 import math
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -187,7 +188,8 @@ def train(words, log_dir, args):
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # Ctrl-C reaches the run too, which saves a checkpoint first
+        except BaseException:  # Ctrl-C or SIGTERM: the run saves a checkpoint first
+            process.terminate()
             process.wait()
             raise
     if status:
@@ -453,4 +455,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     run_script(main, args)

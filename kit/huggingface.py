@@ -293,7 +293,8 @@ def model_card(model, name, source, meta=None, log_dir=None):
                     evaluations = [EvalResult(task, dataset, "HellaSwag", "acc_norm", value)]
             rows.append((meaning, f"{value:.4f} at step {step:,}"))
     front_matter = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"], eval_results=evaluations,
+        library_name="transformers", pipeline_tag="text-generation", eval_results=evaluations,
+        tags=[] if llama.fits(model.config) else ["gpt2"],
         model_name=Path(name).name, datasets=[data["dataset"]] if "dataset" in data else None)
     c = model.config
     parameters = model.num_params() - (c.vocab_size - c.num_tokens) * c.n_embd

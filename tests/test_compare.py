@@ -1,9 +1,10 @@
 """Comparisons of recipes: the statistics, and compare.py as a user runs it."""
 
 import shutil
+import time
 
 import pytest
-from runs import TINY, assert_refused, one_thread, run_here
+from runs import TINY, assert_refused, one_thread, run_here, start_script
 
 import compare
 import train_gpt2
@@ -205,3 +206,17 @@ def test_a_run_that_fails_is_named_with_its_output(shards, tmp_path):
     base = write_config(tmp_path / "base.txt", "--data_dir", tmp_path / "none")
     process = run_here(compare, base, f"{base} --norm rmsnorm", "--out", tmp_path / "out")
     assert_refused(process, "base/seed=1337 ended with status 2", "none", "seed=1337.txt")
+
+
+def test_sigterm_stops_the_run_too(shards, tmp_path):
+    base, out = write_config(tmp_path / "base.txt", "--data_dir", shards), tmp_path / "out"
+    endless = ["--max_steps", 100_000, "--val_every", 50_000]
+    process = start_script("compare.py", base, f"{base} --norm rmsnorm", *endless, "--out", out)
+    log = out / "base" / "seed=1337" / "log.txt"
+    while not log.exists() or len(log.read_text()) < 1000:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait() == 143
+    assert "stopped by SIGTERM before step" in (out / "base" / "seed=1337.txt").read_text()
+    assert list(log.parent.glob("ckpt_*"))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import (
+    ROOT,
     Run,
     assert_close,
     assert_refused,
@@ -365,6 +366,22 @@ def test_muon_takes_the_matrices_of_the_blocks_and_cuts_what_is_stacked():
     muon.step()
     expected = torch.cat([optim.orthogonalize(part[None])[0] for part in update.chunk(3)])
     torch.testing.assert_close(before * (1 - 1e-4) - p, 1e-3 * 0.2 * 4 * expected, rtol=1e-3, atol=1e-6)
+
+
+def test_ranks_share_any_number_of_matrices(tmp_path):
+    script = tmp_path / "share.py"
+    script.write_text("""
+import torch
+from kit.ranks import Ranks
+ranks, computed = Ranks("cpu", 60), []
+for count in (1, 2, 5):
+    items = torch.arange(2.0 * count).view(count, 2)
+    shared = ranks.share(lambda part: (computed.append(len(part)), part * 3)[1], items)
+    assert torch.equal(shared, items * 3)
+assert computed == [[1, 1, 3], [1, 2]][ranks.rank], computed
+ranks.leave()
+""")
+    run_script("torchrun", 2, script, env={"PYTHONPATH": str(ROOT)})
 
 
 def test_the_schedule_wsd():
