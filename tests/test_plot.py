@@ -5,6 +5,7 @@ import json
 import sys
 
 import matplotlib
+import matplotlib.text
 import numpy as np
 import pytest
 from PIL import Image
