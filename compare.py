@@ -2,7 +2,7 @@
 
     python compare.py configs/demo.txt "configs/demo.txt --norm rmsnorm"           # one change, one seed
     python compare.py BASE.txt VARIANT.txt --seeds 3 --sweep max_lr=3e-3,6e-3      # each at its best rate
-    python compare.py --scaling 2x64,3x96,4x128,6x192 BASE.txt                     # loss against size
+    python compare.py --scaling 2x64,3x96,4x128,5x160,6x192 BASE.txt               # loss against size
     python compare.py --speedrun NEW.txt OLD.txt --seeds 3                         # docs/speedrun.md
 
 An arm is a config file, or a config and flags of train_gpt2.py in quotes. The first arm is the baseline. Each
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add("--any_version", action="store_true",
         help="keep finished runs of other versions of this program (default: they are refused)")
     add("--scaling", metavar="LAYERSxWIDTH,...", type=sizes_of, default=[],
-        help="train one arm in four sizes or more, and predict the loss of the largest from the others")
+        help="train one arm in five sizes or more, and predict the loss of the largest from the others")
     add("--tokens_per_parameter", type=number(0.01), default=20.0,
         help="training tokens per parameter of the blocks, with --scaling")
     add("--speedrun", action="store_true", help="compare the time of whole commands: docs/speedrun.md")
@@ -97,7 +97,8 @@ def sizes_of(text):
     try:
         return [(int(layers), int(width)) for layers, width in (size.split("x") for size in text.split(","))]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} should be sizes such as 2x64,3x96,4x128,6x192") from None
+        example = "2x64,3x96,4x128,5x160,6x192"
+        raise argparse.ArgumentTypeError(f"{text} should be sizes such as {example}") from None
 
 
 def as_flags(values):
@@ -255,6 +256,7 @@ def report(arms):
         "| arm | parameters | FLOPs per token | steps | final loss | tokens to the baseline's loss | "
         "time to it | time per step |", "|---|---|---|---|---|---|---|---|"]
     notes = []
+    setups = {tuple(str(result.record.get(fact)) for fact in SETUP) for arm in arms for result in arm.results}
     for arm in arms:
         record, finals = arm.results[0].record, [result.final for result in arm.results]
         tokens, times = [], []
@@ -263,7 +265,6 @@ def report(arms):
             if needed is not None:
                 tokens.append(needed / reference.tokens)
                 times.append(tokens[-1] * result.seconds_per_token / reference.seconds_per_token)
-        several = len({tuple(map(str, map(result.record.get, SETUP))) for a in arms for result in a.results})
         step = np.median([result.seconds_per_token * result.tokens_per_step for result in arm.results])
         reached = len(tokens) == len(arm.results)
         lines.append(
@@ -271,7 +272,7 @@ def report(arms):
             f"{record['flops_per_token'] / 1e6:.2f}M | {record['flags']['max_steps']:,} | "
             f"{with_deviation(finals)} | "
             + (f"{as_text(tokens, 2)} | " if reached else f"reached by {len(tokens)} of {len(finals)} | ")
-            + (f"{as_text(times, 2)} | {1000 * step:.0f} ms |" if reached and several == 1 else "| |"))
+            + (f"{as_text(times, 2)} | {1000 * step:.0f} ms |" if reached and len(setups) == 1 else "| |"))
         if arm is not base:
             pairs = zip(arm.results, base.results)  # a seed has the same order of batches in both
             mean, half = interval([result.final - other.final for result, other in pairs])
@@ -282,35 +283,32 @@ def report(arms):
     return [*lines, "", "Losses: nats per token. Tokens and time: fractions of the baseline's run. "
             f"± is the standard deviation, in brackets are 95% intervals, over "
             f"{count(len(base.results), 'seed')}. Time per step is the median of training steps.",
-            *(["", "The runs differ in " + " or ".join(SETUP) + ": times are not compared."] if several > 1
-              else []), "", *notes]
+            *(["", "The runs differ in " + " or ".join(SETUP) + ": times are not compared."]
+              if len(setups) > 1 else []), "", *notes]
 
 
-def draw(arms, path):
-    """Draw the validation loss of all arms over tokens: each seed thin, their mean thick."""
-    import matplotlib
+def picture(arms):
+    """A matplotlib Figure: the validation loss of all arms over tokens: each seed thin, their mean thick."""
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(curves.STYLE):
-        figure = Figure((7, 4), dpi=curves.DPI, layout="constrained")
-        axes = figure.add_subplot()
-        for arm, color in zip(arms, curves.COLORS):
-            lines = [result.curves["val"] for result in arm.results]
-            steps = np.array(lines[0][0][1:])  # without the loss before training
-            tokens = steps * arm.results[0].tokens_per_step
-            losses = np.array([values[1:] for _, values in lines])
-            axes.plot(tokens, losses.T, color=color, linewidth=0.6, alpha=0.5)
-            axes.plot(tokens, losses.mean(0), color=color, linewidth=2,
-                      label=f"{arm.name} {' '.join(as_flags(arm.settings))}".strip())
-        target = np.mean([result.final for result in arms[0].results])
-        axes.axhline(target, color=curves.GREY, linewidth=1, linestyle=(0, (5, 3)))
-        lowest = min(min(result.curves["val"][1]) for arm in arms for result in arm.results)
-        axes.set(xlabel="training tokens", ylabel="validation loss, nats per token",
-                 ylim=(lowest - 0.05, 1.25 * target))
-        axes.xaxis.set_major_formatter(lambda tokens, _: curves.short(tokens))
-        axes.legend(loc="upper right", frameon=False)
-        with atomic_write(path, "wb") as file:
-            figure.savefig(file, format="png", metadata={"Date": None})
+    figure = Figure((7, 4), dpi=curves.DPI, layout="constrained")
+    axes = figure.add_subplot()
+    for arm, color in zip(arms, curves.COLORS):
+        lines = [result.curves["val"] for result in arm.results]
+        steps = np.array(lines[0][0][1:])  # without the loss before training
+        tokens = steps * arm.results[0].tokens_per_step
+        losses = np.array([values[1:] for _, values in lines])
+        axes.plot(tokens, losses.T, color=color, linewidth=0.6, alpha=0.5)
+        axes.plot(tokens, losses.mean(0), color=color, linewidth=2,
+                  label=f"{arm.name} {' '.join(as_flags(arm.settings))}".strip())
+    target = np.mean([result.final for result in arms[0].results])
+    axes.axhline(target, color=curves.GREY, linewidth=1, linestyle=(0, (5, 3)))
+    lowest = min(min(result.curves["val"][1]) for arm in arms for result in arm.results)
+    axes.set(xlabel="training tokens", ylabel="validation loss, nats per token",
+             ylim=(lowest - 0.05, 1.25 * target))
+    axes.xaxis.set_major_formatter(lambda tokens, _: curves.short(tokens))
+    axes.legend(loc="upper right", frameon=False)
+    return figure
 
 
 def prepare_data(arm):
@@ -388,7 +386,7 @@ def scaling(arm, args):
     prediction = f"{predicted:.4f} (95% interval {low:.4f} to {high:.4f})"
     print(f"predicted loss of {held_out:,} parameters: {prediction}", flush=True)
     measure(held_out)
-    draw_scaling(law, held_out, losses[held_out], Path(args.out, "curves.png"))
+    curves.save(Path(args.out, "curves.png"), picture_of_scaling, law, held_out, losses[held_out])
     return [*lines, "", "Fit to all but the largest: "
             f"loss = {math.exp(law.intercept):.3f} * N^-{exponent:.4f}, with an exponent of "
             f"{exponent - error:.4f} to {exponent + error:.4f} (95%).", "",
@@ -396,29 +394,26 @@ def scaling(arm, args):
             f"Measured: {losses[held_out]:.4f}, {losses[held_out] / predicted - 1:+.1%}."]
 
 
-def draw_scaling(law, size, loss, path):
-    """Draw a PowerLaw, its interval, and the result of the model of `size` that it predicts."""
-    import matplotlib
+def picture_of_scaling(law, size, loss):
+    """A matplotlib Figure: a PowerLaw, its interval, and the loss of the model of `size` that it predicts."""
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(curves.STYLE):
-        figure = Figure((6, 4), dpi=curves.DPI, layout="constrained")
-        axes = figure.add_subplot()
-        x = np.geomspace(min(law.sizes) / 1.3, size * 1.3)
-        middle, low, high = np.array([law.predict(each) for each in x]).T
-        axes.fill_between(x, low, high, color=curves.COLORS[0], alpha=0.15, linewidth=0,
-                          label="95% interval of a prediction")
-        axes.plot(x, middle, color=curves.COLORS[0], linewidth=1, label="fit")
-        axes.plot(law.sizes, law.losses, "o", color=curves.COLORS[0], label="fitted")
-        axes.plot(size, loss, "s", color=curves.COLORS[1], label="held out")
-        axes.set(xscale="log", yscale="log", xlabel="parameters of the blocks",
-                 ylabel="validation loss, nats per token")
-        axes.xaxis.set_major_formatter(lambda size, _: curves.short(size))
-        axes.yaxis.set_major_formatter("{x:.3g}")
-        axes.yaxis.set_minor_formatter("{x:.3g}")
-        axes.legend(frameon=False)
-        with atomic_write(path, "wb") as file:
-            figure.savefig(file, format="png", metadata={"Date": None})
+    figure = Figure((6, 4), dpi=curves.DPI, layout="constrained")
+    axes = figure.add_subplot()
+    x = np.geomspace(min(law.sizes) / 1.3, size * 1.3)
+    middle, low, high = np.array([law.predict(each) for each in x]).T
+    axes.fill_between(x, low, high, color=curves.COLORS[0], alpha=0.15, linewidth=0,
+                      label="95% interval of a prediction")
+    axes.plot(x, middle, color=curves.COLORS[0], linewidth=1, label="fit")
+    axes.plot(law.sizes, law.losses, "o", color=curves.COLORS[0], label="fitted")
+    axes.plot(size, loss, "s", color=curves.COLORS[1], label="held out")
+    axes.set(xscale="log", yscale="log", xlabel="parameters of the blocks",
+             ylabel="validation loss, nats per token")
+    axes.xaxis.set_major_formatter(lambda size, _: curves.short(size))
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")
+    axes.legend(frameon=False)
+    return figure
 
 
 def main(args):
@@ -450,7 +445,7 @@ def main(args):
         file.write("\n".join(lines) + "\n")
     print(*lines, sep="\n")
     if not args.speedrun and not args.scaling:
-        draw(arms, out / "curves.png")
+        curves.save(out / "curves.png", picture, arms)
     print(*(path for path in (out / "report.md", out / "curves.png") if path.exists()), sep="\n")
 
 

@@ -355,9 +355,15 @@ def picture(log_dirs, log_x=False):
 
 
 def draw(log_dirs, out, log_x=False):
-    """Draw runs into the file `out`, PNG or SVG by its suffix: complete or not at all, reproducible bytes.
+    """Draw runs into the file `out`, as `save`. Raises UserError for a log that can't be read."""
+    save(out, picture, log_dirs, log_x)
 
-    Raises UserError for a log that can't be read, and if matplotlib is not installed.
+
+def save(out, make_figure, *args):
+    """Write the Figure make_figure(*args), in this file's style, into `out`: PNG or SVG by its suffix.
+
+    The file is complete or not written at all, and has reproducible bytes. Raises UserError if matplotlib is
+    not installed.
     """
     try:
         import matplotlib
@@ -365,6 +371,6 @@ def draw(log_dirs, out, log_x=False):
         raise UserError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
 
     with matplotlib.rc_context(STYLE):
-        figure = picture(log_dirs, log_x)
+        figure = make_figure(*args)
         with atomic_write(out, "wb") as file:
             figure.savefig(file, format=Path(out).suffix[1:], metadata={"Date": None})

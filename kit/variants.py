@@ -73,10 +73,9 @@ def check(config):
 
 def beyond_gpt2(config):
     """The parts of a GPTConfig that change what is computed and that GPT-2 does not have, {name: text}."""
-    switches = dict.fromkeys(("qk_norm", "value_residual", "embedding_norm", "x0_shortcut"), False)
-    gpt2 = {"mlp": "gelu", "norm": "layernorm", "position": "learned", "tie_embeddings": True,
-            "logit_softcap": 0, **switches}
-    return {name: f"{name} {getattr(config, name)}" for name in gpt2 if getattr(config, name) != gpt2[name]}
+    names = {*CHOICES, *SWITCHES, "logit_softcap"} - {"bias", "gelu", "zero_init"}
+    return {name: f"{name} {value}" for name, value in vars(config).items()
+            if name in names and value != getattr(type(config), name)}  # the default is GPT-2's
 
 
 def mlp_widths(config):
