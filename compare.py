@@ -280,6 +280,8 @@ def report(arms):
                        f"95% interval {mean - half:+.4f} to {mean + half:+.4f}"
                        + (": within the noise of the seeds" if abs(mean) < half else ""))
             notes.append(f"{arm.name}: final loss {mean:+.4f} against {base.name}, {verdict}.")
+    notes += ["", "Final losses by seed: " + "; ".join(
+        f"{arm.name} {', '.join(f'{result.final:.4f}' for result in arm.results)}" for arm in arms) + "."]
     return [*lines, "", "Losses: nats per token. Tokens and time: fractions of the baseline's run. "
             f"± is the standard deviation, in brackets are 95% intervals, over "
             f"{count(len(base.results), 'seed')}. Time per step is the median of training steps.",

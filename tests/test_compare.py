@@ -176,6 +176,7 @@ def test_the_report_pairs_seeds_and_tells_noise_from_difference(tmp_path):
     assert "better: final loss -0.2000 against base, 95% interval -0.2000 to -0.2000." in report
     assert ("equal: final loss -0.0000 against base, 95% interval -0.2484 to +0.2484: within the noise"
             in report)
+    assert "Final losses by seed: base 4.0000, 4.1000, 4.2000; better" in report
 
 
 def test_times_of_different_setups_are_not_compared(tmp_path):
