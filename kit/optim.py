@@ -10,6 +10,8 @@ import torch
 
 from kit.variants import GATED
 
+MAX_STACK = 2**27  # entries of matrices that Muon orthogonalizes at once: 0.5 GB, of which it needs copies
+
 
 def make(model, weight_decay, learning_rate, device_type, optimizer="adamw", betas=(0.9, 0.95),
          muon_scale=0.2, muon_momentum=0.95, share=None):
@@ -84,12 +86,14 @@ class Muon(torch.optim.Optimizer):
                 part, matrix = (part.mT, matrix.mT) if high else (part, matrix)
                 batches[matrix.shape].append((part, matrix))
         for shape, batch in batches.items():
-            parts, updates = zip(*batch)
-            updates = self.share(orthogonalize, torch.stack(updates))
             # the entries of an orthogonal matrix have an RMS of max(shape)^-0.5
             step_size = group["lr"] * group["scale"] * max(shape) ** 0.5
-            for part, update in zip(parts, updates):
-                part.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=step_size)
+            at_once = max(1, MAX_STACK // shape.numel())
+            for first in range(0, len(batch), at_once):
+                parts, updates = zip(*batch[first : first + at_once])
+                updates = self.share(orthogonalize, torch.stack(updates))
+                for part, update in zip(parts, updates):
+                    part.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=step_size)
 
 
 def orthogonalize(x, steps=5):

@@ -332,8 +332,10 @@ def test_orthogonalize_brings_all_singular_values_near_1():
     assert optim.orthogonalize(torch.zeros(1, 4, 4)).eq(0).all()
 
 
-def test_muon_updates_as_torch_does():
+@pytest.mark.parametrize("max_stack", [optim.MAX_STACK, 600, 1])  # all of a shape at once, two, one
+def test_muon_updates_as_torch_does(monkeypatch, max_stack):
     """torch.optim.Muon orthogonalizes in bf16, one matrix at a time, and does not cut c_attn into three."""
+    monkeypatch.setattr(optim, "MAX_STACK", max_stack)
     weights = [torch.nn.Parameter(torch.randn(size)) for size in ((16, 16), (64, 16), (16, 64), (16, 16))]
     copies = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
     before = [weight.detach().clone() for weight in weights]
