@@ -16,13 +16,15 @@ from runs import (
     assert_close,
     assert_refused,
     assert_same_end,
-    copy_run,
     flags_of,
+    kill_all,
     read_log,
     run_here,
     run_script,
     run_until_killed,
+    start_script,
     train,
+    wait_for_line,
 )
 from test_hellaswag import check_against_naive
 from torch.utils.flop_counter import FlopCounterMode
@@ -231,6 +233,16 @@ def test_packed_layers_compute_the_same(variant):
 
 @each_variant
 @torch.no_grad()
+def test_int8_layers_compute_nearly_the_same(variant):
+    gpt, idx = trained_looking(**variant), ids(3, 16)
+    expected = gpt(idx)[0]
+    pack(gpt, int8=True)
+    assert 0 < (gpt(idx)[0] - expected).std() < 0.1 * expected.std()  # 0: int8 is not used
+    assert gpt.generate(idx[:, :4], 10, temperature=0).shape == (3, 14)
+
+
+@each_variant
+@torch.no_grad()
 def test_hellaswag_rows_restart_their_positions(variant, texts, learned):
     gpt = trained_looking(block_size=64, **variant)
     examples = make.hellaswag_rows(texts, 12)
@@ -408,9 +420,13 @@ def test_a_run_extended_in_its_stable_phase_continues_exactly(shards, tmp_path):
 # --------------------------------------------------------------------------------------------------- resumed
 
 
-@pytest.mark.parametrize("flags", [
-    as_flags(LLAMA), MODERN, pytest.param([*MODERN, "--compile"], marks=pytest.mark.slow),
-], ids=["swiglu_rmsnorm", "modern", "modern compiled"])
+two_variants = pytest.mark.parametrize("flags", [
+    as_flags(LLAMA), MODERN, pytest.param([*as_flags(LLAMA), "--compile"], marks=pytest.mark.slow),
+    pytest.param([*MODERN, "--compile"], marks=pytest.mark.slow),
+], ids=["swiglu_rmsnorm", "modern", "swiglu_rmsnorm compiled", "modern compiled"])
+
+
+@two_variants
 def test_a_killed_variant_resumes_in_the_same_bits(shards, tmp_path, flags):
     whole = Run(tmp_path / "whole", train(shards, tmp_path / "whole", *flags))
     run_until_killed("train_gpt2.py", *flags_of(shards, tmp_path / "log", *flags), fault="at_step(7, kill)")
@@ -418,17 +434,18 @@ def test_a_killed_variant_resumes_in_the_same_bits(shards, tmp_path, flags):
     assert_same_end(tmp_path / "log", whole)
 
 
-@pytest.mark.parametrize("flags", [as_flags(LLAMA), MODERN], ids=["swiglu_rmsnorm", "modern"])
-def test_two_ranks_train_the_same_variant_and_resume_in_the_same_bits(shards, tmp_path, flags):
+@two_variants
+def test_two_ranks_train_the_same_variant_and_a_killed_one_resumes_in_the_same_bits(shards, tmp_path, flags):
     alone = train(shards, tmp_path / "alone", *flags)
-    command = ["torchrun", 2, "train_gpt2.py", *flags_of(shards, tmp_path / "log", *flags)]
-    run_script(*command)
-    whole = Run(tmp_path / "log", read_log(tmp_path / "log"))
+    run_script("torchrun", 2, "train_gpt2.py", *flags_of(shards, tmp_path / "whole", *flags))
+    whole = Run(tmp_path / "whole", read_log(tmp_path / "whole"))
     assert_close(whole.log, alone)
-    copy_run(tmp_path / "log", tmp_path / "half", without="ckpt_000012")
-    command[command.index(tmp_path / "log")] = tmp_path / "half"
+    command = ["torchrun", 2, "train_gpt2.py", *flags_of(shards, tmp_path / "log", *flags)]
+    process = start_script(*command)
+    wait_for_line(process, "step     6 |")
+    kill_all(process)
     run_script(*command, "--resume")
-    assert_same_end(tmp_path / "half", whole)
+    assert_same_end(tmp_path / "log", whole)
 
 
 # --------------------------------------------------------------------------------------------------- exported
