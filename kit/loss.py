@@ -70,6 +70,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dx[rows] = (w.t() @ dlogits.t()).t()  # = dlogits @ w, which is slower on a CPU
                 if dtype == dw.dtype:
                     dw.addmm_(dlogits.t(), x_slice)  # needs no second matrix of this size
+                elif dtype == torch.float16:
+                    scale = scale_for_sum(x_slice)
+                    dw += (dlogits.t() @ (x_slice * scale)).float() / scale
                 else:  # adding up many slices in 16 bits would lose digits
                     dw += dlogits.t() @ x_slice
         ctx.save_for_backward(dx.masked_fill_(~keep, 0), dw, counts)
@@ -85,6 +88,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dw, counts = ctx.saved_tensors
         scale = mean_of_counted(grad / len(dx), counts, at_least=1)
         return dx.mul_(scale).to(ctx.x_dtype), dw.mul_(scale), None, None, None
+
+
+def scale_for_sum(x):
+    """A power of two, as a scalar tensor: rows of x, times it, can be added up in fp16 without overflow.
+
+    x: (n, C) in fp16; each row may be multiplied by a factor of at most 1 before.
+    """
+    largest_sum = len(x) * x.abs().amax().float()
+    return torch.exp2(-torch.log2(largest_sum / 2**15).ceil().clamp(min=0))
 
 
 def row_slices(x, vocab_size):

@@ -245,6 +245,21 @@ def test_a_second_derivative_of_the_loss_is_refused(gpt):
     sum(gradient.square().sum() for gradient in gradients).backward()
 
 
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_the_head_gradient_does_not_overflow_in_fp16(size):
+    """The gradient of a common token's row is a sum over thousands of positions: here up to 600,000."""
+    x, weight = size * (1 + torch.rand(2048, 16)), torch.randn(64, 16) / 100
+    targets = torch.zeros(2048, dtype=torch.long)
+    gradients = []
+    for enabled in (True, False):
+        head = weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+            (2048 * LinearCrossEntropy.apply(x, head, targets, F.linear)).backward()
+        gradients.append(head.grad)
+    assert (gradients[1].abs().max() > 2**16) == (size > 1)
+    assert (gradients[0] - gradients[1]).norm() < 1e-2 * gradients[1].norm()
+
+
 def test_the_whole_training_pass_is_one_graph(gpt, monkeypatch):
     """A GPU compiles the loss with the rest: neither it nor its slices break the graph."""
     monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 100 * 96)
