@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
         help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32)")
-    add("--compile", action=switch, default=True, help="torch.compile the model")
+    add("--compile", action=switch, help="torch.compile the model (default: yes, but not on mps)")
     add("--timeout", type=number(1, 1e8), default=600,
         help="seconds after which a rank that does not answer counts as lost")
     add("--micro_batch_size", type=integer(1), default=32,
@@ -96,14 +96,14 @@ import fineweb_edu
 import hellaswag
 from checkpoint import Progress
 from kit import shards
-from kit.device import Precision, compile_model, name_of, out_of_memory, to_device, tune
+from kit.device import Precision, compile_model, compiles_by_default, name_of, out_of_memory, to_device, tune
 from kit.divergence import remedy, skip_or_stop, watch_loss
 from kit.files import UserError, count, first_line, run_script, unbreakable_output
 from kit.ranks import Ranks, StopRequested, StopSignal
 from kit.report import Report, explain_errors, waiting
 from kit.run import Run
 from kit.sharding import distribute, sync_gradients
-from kit.validation import Validation
+from kit.validation import Validation, inference
 from model import GPT, GPT2_TOKENS, GPTConfig
 from sample import print_samples
 from tokenizer import get_tokenizer
@@ -354,7 +354,7 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
         raw_model.zero_grad()
 
     compiled, failure = raw_model, None
-    if args.compile:
+    if compiles_by_default(ranks.device) if args.compile is None else args.compile:
         try:
             with waiting("compiling: a minute or more; --no-compile skips it", ranks):
                 compiled = compile_model(raw_model, ranks.device)
@@ -408,17 +408,6 @@ def start_run(args, micro_steps, start_step, data, raw_model, compiled, precisio
 
 
 # -------------------------------------------------------------------------------- once in a while, or rarely
-
-
-@contextlib.contextmanager
-def inference(raw_model, precision):
-    """Evaluate in eval mode and in the precision of training, then return to training mode."""
-    raw_model.eval()
-    try:
-        with precision.autocast:
-            yield
-    finally:
-        raw_model.train()
 
 
 def sample(step, args, raw_model, data, precision, ranks):
@@ -494,6 +483,10 @@ def train(args, at_exit):
     def due(interval):
         return interval > 0 and (progress.step % interval == 0 or progress.step == args.max_steps)
 
+    def fetch():
+        return [to_device(tokens, ranks.device) for tokens in data.train.next_batch()]
+
+    batch = fetch()
     try:
         for step in range(start_step, args.max_steps + 1):
             progress.step = step
@@ -530,17 +523,20 @@ def train(args, at_exit):
             loss = torch.zeros((), device=ranks.device)
             for micro_step in range(micro_steps):
                 stop.check()
-                x, y = (to_device(tokens, ranks.device) for tokens in data.train.next_batch())
+                x, y = batch
                 sync_gradients(model, on=micro_step == micro_steps - 1)
                 with precision.autocast:
                     _, micro_loss = model(x, y)
                 micro_loss = micro_loss / micro_steps  # backward() sums, we want the mean
                 precision.scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
+                batch = fetch()  # while a GPU computes
             precision.scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip or math.inf)
             # the only wait for the GPU: values that are not finite must not reach the weights
-            loss, norm = ranks.mean(loss).item(), norm.item()
+            loss = ranks.mean(loss)
+            ranks.wait_for_gpu(stop)
+            loss, norm = torch.stack([loss, norm]).tolist()
             lr = get_lr(step, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -19,8 +19,9 @@ from kit.packed import onednn_is_faster
 # contained in the device's name counts, so narrower names come first.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
-    "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A6000": 155e12,
-    "L4": 121e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12,
+    "GH200": 989e12, "B200": 2250e12, "B300": 2250e12, "GB200": 2500e12, "GB300": 2500e12, "A100": 312e12,
+    "L40S": 362e12, "RTX PRO 6000 Blackwell Workstation": 504e12, "RTX 5090": 209e12, "RTX 4090": 165e12,
+    "RTX 3090": 71e12, "A6000": 155e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12,
 }
 
 # of torch.compile on a CPU. tanh by exp is three times as fast, and as accurate once GELU has added 1 to it
@@ -29,9 +30,10 @@ PARTITIONER_CONFIG = "torch._functorch.config"  # a private name: without it, tr
 
 
 def peak_flops(device_name):
-    """The peak 16-bit FLOP/s of a device by its name, or None if it is not in PEAK_FLOPS."""
+    """The peak 16-bit FLOP/s of a device by its name; None if it is not in PEAK_FLOPS, or a slice (MIG)."""
     for name, peak in PEAK_FLOPS.items():
-        if re.search(rf"\b{name}\b", device_name):  # an L40 must not match L4
+        # an L40 must not match L4
+        if re.search(rf"\b{name}\b", device_name) and not re.search(r"\bMIG\b", device_name):
             return peak
     return None
 
@@ -93,6 +95,8 @@ def tune(device, training=False):
             warn_once(f"{name} can't be used ({error}): using {os.environ[name]}")
     if type_of(device) == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for matmuls that stay in fp32
+        if not training:
+            torch.backends.cuda.enable_cudnn_sdp(False)  # see without_cudnn_attention
     elif training and onednn_is_faster():
         # torch uses oneDNN for fp32 matmuls at "medium", which also allows bf16 inside. Only AMX would make
         # use of that; the test shows whether fp32 stays fp32
@@ -100,6 +104,26 @@ def tune(device, training=False):
         x = torch.full((256, 256), 1 + 2**-23)
         if not torch.equal(x @ torch.eye(256), x):
             torch.set_float32_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def without_cudnn_attention():
+    """For HellaSwag and sampling: cuDNN's attention takes 23 to 400 ms to plan for each new shape."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def compiles_by_default(device):
+    """Whether to compile a model on a device if the user does not say.
+
+    Not on Apple's GPUs: compiled LayerNorm was silently wrong there before torch 2.13
+    (https://github.com/pytorch/pytorch/issues/191976), and a GPT's loss became NaN (issue 171764).
+    """
+    return type_of(device) != "mps"
 
 
 def compile_model(model, device):

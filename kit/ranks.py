@@ -15,20 +15,23 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from kit.device import pick_device
+from kit.device import pick_device, type_of
 from kit.files import UserError, first_line
 
 # torchrun sets these
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LONGEST_WAIT = datetime.timedelta(days=7)  # for another rank's downloads, checks and saves
-LOST_RANK = re.compile("by peer|[Tt]imed out|Broken pipe")  # gloo's words for a rank that died or hangs
+# gloo's and NCCL's words for a rank that died or hangs
+LOST_RANK = re.compile("by peer|[Tt]imed out|Broken pipe|ncclRemoteError|ncclSystemError|"
+                       "NCCL communicator was aborted|atchdog caught collective operation timeout")
+GRACE = 20  # seconds from SIGTERM to giving up on a GPU that waits for a lost rank: torchrun kills after 30
 
 
 class Ranks:
     """This process among the ranks that torchrun started; without torchrun, the only one.
 
-    device: where this rank computes. Except in `mean`, values travel from CPU to CPU over gloo, so no GPU has
-    to be waited for.
+    device: where this rank computes. group: the process group of its gradients, over NCCL on GPUs. All else
+    travels from CPU to CPU over gloo, so no GPU has to be waited for.
     """
 
     def __init__(self, device=None, timeout=600.0):
@@ -48,21 +51,41 @@ class Ranks:
                             "start the ranks with torchrun, or unset WORLD_SIZE")
         self.local_rank = integer_variable("LOCAL_RANK", 0)  # among the ranks of this machine
         integer_variable("MASTER_PORT", 0)
+        if self.distributed and self.device == "mps":
+            raise UserError("torchrun's ranks can't use an Apple GPU (mps): use --device cpu, or start one "
+                            "process without torchrun")
         if self.distributed and self.device == "cuda":
-            self.device = pick_device(f"cuda:{self.local_rank}")
+            # Slurm can show each rank only the GPU that is its own
+            only_one = torch.cuda.device_count() == 1
+            self.device = pick_device("cuda:0" if only_one else f"cuda:{self.local_rank}")
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)
+        self.timeout = timeout
         if self.distributed:
             timeout = datetime.timedelta(seconds=timeout)
             # after a failure torchrun restarts the ranks with the same store, which still holds the addresses
             # of the dead ones: use new keys
             store, *_ = next(rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            backend = "nccl" if self.device.startswith("cuda") else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size,
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world_size,
                                     timeout=timeout)
-            self.control = dist.new_group(backend="gloo", timeout=timeout)
             self.patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+            nccl = {}
+            if self.device.startswith("cuda") and self.can_use_nccl():
+                nccl = dict(backend="nccl", device_id=torch.device(self.device))
+            self.group = dist.new_group(timeout=timeout, **nccl)
+
+    def can_use_nccl(self):
+        """Whether the ranks' GPUs can exchange gradients directly. If not, rank 0 says why."""
+        gpu = socket.gethostname(), str(torch.cuda.get_device_properties(self.device).uuid)
+        problem = None
+        if not all(self.gather(dist.is_nccl_available())):  # on Windows
+            problem = "this torch has no NCCL"
+        elif len(set(self.gather(gpu))) < self.world_size:
+            problem = "some ranks share a GPU"
+        if problem:
+            self.say(f"{problem}: gradients travel over the CPU, which is slow")
+        return not problem
 
     @property
     def distributed(self):
@@ -84,7 +107,7 @@ class Ranks:
         """The largest of all ranks' whole numbers or bools, as an int."""
         value = torch.tensor(int(value))
         if self.distributed:
-            dist.all_reduce(value, dist.ReduceOp.MAX, group=self.control)
+            dist.all_reduce(value, dist.ReduceOp.MAX)
         return value.item()
 
     def gather(self, value):
@@ -92,7 +115,7 @@ class Ranks:
         values = [value]
         if self.distributed:
             values = [None] * self.world_size
-            dist.all_gather_object(values, value, group=self.control)
+            dist.all_gather_object(values, value)
         return [value for value in values if value is not None]
 
     def check_same(self, facts):
@@ -107,13 +130,13 @@ class Ranks:
         """The sum of all ranks' tensors, on the CPU."""
         tensor = tensor.cpu()
         if self.distributed:
-            dist.all_reduce(tensor, group=self.control)
+            dist.all_reduce(tensor)
         return tensor
 
     def mean(self, tensor):
         """The mean of all ranks' tensors, on the device."""
         if self.distributed:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
             tensor /= self.world_size
         return tensor
 
@@ -126,8 +149,23 @@ class Ranks:
         mine = items[self.rank * each : (self.rank + 1) * each]
         if len(mine):  # there may be fewer items than ranks
             results[self.rank, : len(mine)] = function(mine)
-        dist.all_gather(list(results), results[self.rank].clone())
+        dist.all_gather(list(results), results[self.rank].clone(), group=self.group)
         return results.flatten(0, 1)[: len(items)]
+
+    def wait_for_gpu(self, stop):
+        """Wait until this rank's GPU has done what is queued, but not for ever if it waits for a lost rank.
+
+        stop: a StopSignal; its handler runs during this wait, not during a blocking read of a GPU's result.
+        """
+        if not self.distributed or type_of(self.device) != "cuda":
+            return
+        done, started = torch.cuda.Event(), time.monotonic()
+        done.record()
+        while not done.query():
+            now = time.monotonic()
+            if now - started > self.timeout or stop.number and now - max(started, stop.received_at) > GRACE:
+                raise dist.DistError("a collective of the GPUs timed out")
+            time.sleep(1e-4)
 
     def barrier(self):
         """Wait for all ranks, however long they take. One that dies is noticed."""

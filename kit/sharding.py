@@ -9,7 +9,9 @@ def distribute(model, ranks):
     Before the first step, run one forward and backward pass: DDP then regroups its gradient buckets, and sums
     must be in the same order after a restart.
     """
-    return DistributedDataParallel(model) if ranks.distributed else model
+    if not ranks.distributed:
+        return model
+    return DistributedDataParallel(model, process_group=ranks.group, gradient_as_bucket_view=True)
 
 
 def sync_gradients(model, on):

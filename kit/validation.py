@@ -1,11 +1,23 @@
 """The validation loss: one number for any number of ranks, in nats per token and bits per byte."""
 
+import contextlib
 import math
 
 import numpy as np
 import torch
 
-from kit.device import to_device
+from kit.device import to_device, without_cudnn_attention
+
+
+@contextlib.contextmanager
+def inference(raw_model, precision):
+    """Evaluate in eval mode and in the precision of training, then return to training mode."""
+    raw_model.eval()
+    try:
+        with precision.autocast, without_cudnn_attention():
+            yield
+    finally:
+        raw_model.train()
 
 
 class Validation:

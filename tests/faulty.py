@@ -144,8 +144,8 @@ def in_evaluation(step, act):
 
 def while_others_wait_for(what, act, step=8):
     """In that step, the other ranks wait for this one: for its "gradients", or for its vote to "stop"."""
-    owner, name = {"gradients": (DataLoaderLite, "next_batch"), "stop": (dist, "all_reduce")}[what]
-    # after the previous step's optimizer, the ranks vote on a stop, then read a batch and sum the gradients
+    owner, name = {"gradients": (GPT, "forward"), "stop": (dist, "all_reduce")}[what]
+    # after the previous step's optimizer, the ranks vote on a stop, then run the model and sum the gradients
     at_step(step - 1, lambda: before(owner, name, lambda *_, **__: True, act))
 
 

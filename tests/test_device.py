@@ -1,0 +1,128 @@
+"""What depends on the kind of device, as far as it can be tested without one."""
+
+import re
+import signal
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kit.ranks
+from kit import device, validation
+from kit.device import Precision, peak_flops
+from kit.files import UserError
+from kit.ranks import Ranks, StopSignal
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA GH200 480GB", 989e12),
+    ("NVIDIA B300 SXM6 AC", 2250e12),
+    ("NVIDIA GeForce RTX 5090", 209e12),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 504e12),
+    ("NVIDIA L40", None),  # not an L4
+    ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None),  # slower, and not in the table
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),  # a slice has a part of the card's speed
+])
+def test_the_peak_of_a_card_is_found_by_its_name(name, peak):
+    assert peak_flops(name) == peak
+
+
+def test_models_are_compiled_by_default_except_on_mps():
+    assert [device.compiles_by_default(name) for name in ("cpu", "cuda:1", "mps")] == [True, True, False]
+
+
+def test_evaluation_and_sampling_do_not_use_cudnns_attention(monkeypatch):
+    """Training does. Both settings are torch's global ones, so they are put back."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before = enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        device.tune("cuda:0", training=True)
+        with validation.inference(torch.nn.Linear(1, 1), Precision("cpu")):
+            assert not enabled()
+        assert enabled()
+        device.tune("cuda:0")  # of hellaswag.py and sample.py
+        assert not enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        torch.set_float32_matmul_precision("highest")
+
+
+# ------------------------------------------------------------------------------------------------- many ranks
+
+
+@pytest.mark.parametrize("kind, rank, visible, device", [
+    ("cuda", 1, 4, "cuda:1"),
+    ("cuda", 1, 1, "cuda:0"),  # each rank sees its own GPU only, as Slurm can do it
+    ("cuda", 3, 2, "--device cuda:3: not available"),
+    ("mps", 0, 0, "torchrun's ranks can't use an Apple GPU"),
+])
+def test_each_rank_takes_its_gpu(monkeypatch, kind, rank, visible, device):
+    variables = dict(RANK=rank, WORLD_SIZE=4, LOCAL_RANK=rank, MASTER_ADDR="localhost", MASTER_PORT=1)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(getattr(torch, kind), "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+
+    class Taken(Exception):
+        pass
+
+    def take(device):
+        raise Taken(device)
+
+    monkeypatch.setattr(torch.cuda, "set_device", take)
+    with pytest.raises((Taken, UserError), match=re.escape(device)):
+        Ranks()
+
+
+@pytest.mark.parametrize("uuids, nccl, problem", [
+    (["a", "b"], True, None),
+    (["a", "a"], True, "some ranks share a GPU"),
+    (["a", "b"], False, "this torch has no NCCL"),
+])
+def test_ranks_that_can_not_use_nccl_say_why(monkeypatch, capsys, uuids, nccl, problem):
+    ranks = Ranks("cpu")
+    ranks.world_size = 2
+    others = iter([[nccl, True], [(socket.gethostname(), uuid) for uuid in uuids]])
+    monkeypatch.setattr(ranks, "gather", lambda value: [value, next(others)[1]])
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[0]))
+    assert ranks.can_use_nccl() == (problem is None)
+    printed = capsys.readouterr().out
+    assert printed.startswith(problem) if problem else not printed
+
+
+@pytest.mark.parametrize("signal_after, timeout, seconds", [(None, 0.3, 0.3), (0.1, 60, 0.1 + 0.2)])
+def test_a_rank_does_not_wait_for_its_gpu_for_ever(monkeypatch, signal_after, timeout, seconds):
+    """A GPU that waits for a lost rank never finishes: give up after --timeout, or soon after SIGTERM."""
+    ranks = Ranks("cpu", timeout)
+    ranks.world_size, ranks.device = 2, "cuda:0"
+    monkeypatch.setattr(kit.ranks, "GRACE", 0.2)
+    never = SimpleNamespace(record=lambda: None, query=lambda: False)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: never)
+    stop = StopSignal(ranks)
+    if signal_after:
+        threading.Timer(signal_after, stop.on_signal, (signal.SIGTERM, None)).start()
+    started = time.monotonic()
+    with pytest.raises(torch.distributed.DistError) as raised:
+        ranks.wait_for_gpu(stop)
+    assert seconds <= time.monotonic() - started < seconds + 5
+    monkeypatch.setenv("RANK", "0")
+    assert "lost contact" in kit.ranks.explain_lost_rank(raised.value, timeout)
+
+
+@pytest.mark.parametrize("message", [  # reported in pytorch issue 118369, nccl issue 795
+    "[Rank 7] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=64088, OpType=ALLREDUCE, "
+    "Timeout(ms)=1800000) ran for 25625251 milliseconds before timing out.",
+    "NCCL error in: ProcessGroupNCCL.cpp:1331, remote process exited or there was a network error, "
+    "NCCL version 2.14.3\nncclRemoteError: A call failed possibly due to a network error",
+    "NCCL communicator was aborted on rank 1.",
+])
+def test_nccls_errors_are_explained(monkeypatch, message):
+    monkeypatch.setenv("RANK", "1")
+    assert "rank 1 lost contact" in kit.ranks.explain_lost_rank(RuntimeError(message), 600)
