@@ -200,15 +200,23 @@ def test_summary_counts_every_parameter_once(variant):
     assert counted == gpt.num_params() == sum(p.numel() for p in set(gpt.parameters()))
 
 
-@each_variant
-def test_flops_per_token_are_those_of_the_matmuls(variant):
-    """Those of the forward pass, counted by torch on meta tensors, three times."""
-    config = GPTConfig(**dict(block_size=64, vocab_size=512, n_layer=2, n_head=2, n_embd=64) | variant)
+def check_flops(config):
+    """Training takes three times the FLOPs of the forward pass, counted by torch on meta tensors."""
     with torch.device("meta"):
         gpt = GPT(config)
         with FlopCounterMode(display=False) as counter:
-            gpt(torch.zeros(3, 64, dtype=torch.long))
-    assert counter.get_total_flops() * 3 == gpt.flops_per_token(64) * 3 * 64
+            gpt(torch.zeros(3, config.block_size, dtype=torch.long))
+    assert counter.get_total_flops() * 3 == gpt.flops_per_token(config.block_size) * 3 * config.block_size
+
+
+@each_variant
+def test_flops_per_token_are_those_of_the_matmuls(variant):
+    check_flops(GPTConfig(**dict(block_size=64, vocab_size=512, n_layer=2, n_head=2, n_embd=64) | variant))
+
+
+@pytest.mark.parametrize("size", ["gpt2_124M", "gpt2_350M", "gpt2_774M", "gpt2_1558M", "swiglu_rmsnorm"])
+def test_flops_per_token_of_every_size(size):
+    check_flops(train_gpt2.model_config(parse_args([f"@{ROOT}/configs/{size}.txt"])))
 
 
 @each_variant
