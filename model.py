@@ -72,14 +72,15 @@ class GPTConfig:
 class KVCache:
     """The keys and values of the tokens read so far, for every layer: the next token attends to them."""
 
-    def __init__(self, config, batch_size, device, dtype):
-        head_size = config.n_embd // config.n_head
-        shape = (2, batch_size, config.n_head, config.block_size, head_size)
-        self.kv = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+    def __init__(self, config, batch_size):
+        self.shape = 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
+        self.kv = [None] * config.n_layer
         self.length = 0  # tokens stored in every layer
 
     def append(self, layer, k, v):
         """Append a layer's keys and values (B, nh, T, hs); return all, (B, nh, length + T, hs) each."""
+        if self.kv[layer] is None:
+            self.kv[layer] = k.new_empty(self.shape)  # under autocast, k has 16 bits
         keys, values = self.kv[layer].narrow(3, 0, self.length + k.size(2))
         keys[:, :, self.length :], values[:, :, self.length :] = k, v
         return keys, values
@@ -290,7 +291,7 @@ class GPT(nn.Module):
         check_sampling(idx, max_new_tokens, temperature, top_k, top_p)
         block_size = self.config.block_size
         unread = idx[:, -block_size:]  # (B, T) tokens that the model has not read yet
-        cache = KVCache(self.config, len(idx), idx.device, self.transformer.wte.weight.dtype)
+        cache = KVCache(self.config, len(idx))
         for _ in range(max_new_tokens):
             if cache.length + unread.size(1) > block_size:
                 unread, cache.length = idx[:, -((block_size + 1) // 2) :], 0

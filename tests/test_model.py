@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import model as model_module
 from kit import loss as loss_module
 from kit.loss import LinearCrossEntropy, row_slices
-from model import GPT, GPT2_SIZES, GPTConfig
+from model import GPT, GPT2_SIZES, GPTConfig, KVCache
 
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=4, n_embd=32)
 
@@ -258,6 +258,21 @@ def test_the_head_gradient_does_not_overflow_in_fp16(size):
         gradients.append(head.grad)
     assert (gradients[1].abs().max() > 2**16) == (size > 1)
     assert (gradients[0] - gradients[1]).norm() < 1e-2 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_has_the_precision_of_attention(gpt, monkeypatch, dtype):
+    found, append = [], KVCache.append
+
+    def watched(self, layer, k, v):
+        keys, values = append(self, layer, k, v)
+        found.append((keys.dtype, values.dtype, self.kv[layer].dtype))
+        return keys, values
+
+    monkeypatch.setattr(KVCache, "append", watched)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        gpt.generate(tokens(2, 5), 3)
+    assert set(found) == {(dtype, dtype, dtype)}
 
 
 def test_the_whole_training_pass_is_one_graph(gpt, monkeypatch):
