@@ -45,6 +45,8 @@ def parse_args(argv=None):
     add("arms", nargs="+", metavar="ARM",
         help="a config, or a config and flags in quotes; the first is the baseline (the last of a speedrun)")
     add("--seeds", type=integer(1), default=1, metavar="N", help="runs of each arm, each with another seed")
+    add("--first_seed", type=integer(0), metavar="N",
+        help=f"the seeds are N, N + 1, ... (default: {FIRST_SEED}, or after a --sweep {FIRST_SEED + 1})")
     add("--sweep", action="append", default=[], metavar="FLAG=VALUE,...",
         help="values to choose from, for each arm; given twice: all pairs")
     add("--any_version", action="store_true",
@@ -80,6 +82,10 @@ def parse_args(argv=None):
         if name not in recipe.IDENTITY or name in ("seed", "val_start", "val_tokens") or not values:
             parser.error(f"argument --sweep: {name}={values} must be a flag of a recipe and its values, as "
                          "in max_lr=1e-3,3e-3")
+    if args.first_seed is None:  # the seed that chose is not reported: its luck was chosen too
+        args.first_seed = FIRST_SEED + bool(sweeps)
+    elif sweeps and args.first_seed <= FIRST_SEED < args.first_seed + args.seeds:
+        parser.error(f"argument --first_seed: --sweep chooses by seed {FIRST_SEED}: report others")
     args.grid = [{name: {"true": True, "false": False}.get(value.lower(), value)
                   for (name, _), value in zip(sweeps, chosen)}
                  for chosen in product(*(values.split(",") for _, values in sweeps))]
@@ -336,9 +342,9 @@ def speedrun(arms, args):
     for arm in arms:
         prepare_data(arm)  # that is not part of the time
     seconds, losses = ([[] for _ in arms] for _ in range(2))
-    for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         # in turn, and each first as often: the first one of a pair may find a colder machine
-        for i, arm in list(enumerate(arms))[:: 1 if (seed - FIRST_SEED) % 2 else -1]:
+        for i, arm in list(enumerate(arms))[:: 1 if (seed - args.first_seed) % 2 else -1]:
             log_dir = directory(arm, args, dict(seed=seed))
             if log_dir.exists():
                 raise UserError(f"{log_dir} exists: a speedrun starts anew, name another --out")
@@ -376,7 +382,7 @@ def scaling(arm, args):
     losses = {}
 
     def measure(size):
-        results = [run(arm, args, **sizes[size], seed=FIRST_SEED + i) for i in range(args.seeds)]
+        results = [run(arm, args, **sizes[size], seed=args.first_seed + i) for i in range(args.seeds)]
         losses[size] = float(np.mean([result.final for result in results]))
         lines.append("| {n_layer} x {n_embd} | {:,} | {max_steps:,} | {:.4f} |".format(
             size, losses[size], **sizes[size]))
@@ -438,8 +444,7 @@ def main(args):
             for arm in arms:
                 lines += choose(arm, args, flags["val_tokens"])
             lines.append("")
-        first = FIRST_SEED + bool(args.sweep)  # the seed that chose is not reported: its luck was chosen too
-        for seed in range(first, first + args.seeds):
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
             for arm in arms:
                 arm.results.append(run(arm, args, **arm.settings, seed=seed, **flags))
         lines += report(arms)

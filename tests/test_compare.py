@@ -136,6 +136,8 @@ def test_a_speedrun_times_whole_commands(shards, tmp_path):
     (["base.txt", "base.txt --total_batch_size 100"], "--total_batch_size 100 is not a multiple"),
     (["base.txt", "base.txt --val_every 0"], "--val_every 0"),
     (["base.txt", "base.txt --norm rmsnorm", "--sweep", "schedule=cosine,linear"], "linear"),
+    (["base.txt", "base.txt --bias", "--sweep", "max_lr=1,2", "--seeds", "3", "--first_seed", "1335"],
+     "--first_seed: --sweep chooses by seed 1337"),
     (["base.txt", "--scaling", "64"], "64 should be sizes such as 2x64"),
     (["base.txt", "base.txt --norm rmsnorm", "--speedrun", "--sweep", "max_lr=1,2"], "--speedrun"),
 ], ids=str)
@@ -201,6 +203,14 @@ def test_a_value_that_diverges_is_not_chosen(shards, tmp_path, train_here, monke
                        tmp_path / "out")
     assert process.returncode == 0 and "| base | --max_lr 1e9 | inf |" in process.stdout
     assert "--max_lr 1e-3 | " in process.stdout.partition("parameters")[2]
+
+
+def test_the_seeds_can_be_chosen(shards, tmp_path, train_here):
+    base = write_config(tmp_path / "base.txt", "--data_dir", shards)
+    command = [base, f"{base} --norm rmsnorm", "--seeds", 2, "--first_seed", 7, "--out", tmp_path / "out"]
+    assert run_here(compare, *command).returncode == 0
+    runs = {str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/*/*/log.txt")}
+    assert runs == {f"{arm}/seed={seed}" for arm in ("base", "base_--norm_rmsnorm") for seed in (7, 8)}
 
 
 def test_a_run_that_fails_is_named_with_its_output(shards, tmp_path):
