@@ -301,8 +301,8 @@ def newest_run(say=True):
     """
     found = [path for name in ("best", "ckpt_*") for path in Path().glob(f"log*/{name}/meta.json")]
     if not found:
-        raise UserError("no run found in log*: train one with python train_gpt2.py @configs/demo.txt, or "
-                        "name a model, as in -m gpt2")
+        raise UserError("no run found in log*: train one with python train_gpt2.py @configs/modern_demo.txt, "
+                        "or name a model, as in -m gpt2")
     newest = str(max(found, key=lambda path: path.stat().st_mtime).parent.parent)
     if say:
         print(f"-m {newest} (the newest run)", file=sys.stderr)

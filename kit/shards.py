@@ -365,7 +365,7 @@ def open_shards(data_dir, split):
         if name == "edu_fineweb10B":
             source = ""
         raise UserError(f"no {split} shards in {data_dir}: make them with python fineweb_edu.py{source}, or "
-                        "train on built-in data with python train_gpt2.py @configs/demo.txt")
+                        "train on built-in data with python train_gpt2.py @configs/modern_demo.txt")
     if len({suffix for _, _, suffix in keys}) > 1:
         raise UserError(f"{data_dir} contains {split} shards as .npy and as .bin: remove one kind")
     for (_, before, _), (_, after, _) in zip(keys, keys[1:]):

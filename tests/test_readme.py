@@ -20,7 +20,7 @@ def test_the_blocks_run_in_order(tmp_path, texts, gpt2_tokenizer):
     copy = shutil.copytree(ROOT, tmp_path / "gpt2", ignore=shutil.ignore_patterns(
         ".*", "log*", "data", "tests", "__pycache__", "edu_fineweb10B"))
     (copy / "my.txt").write_text("\n".join(texts[:30]))
-    shorter = {"@configs/demo.txt": "@configs/demo.txt --max_steps 4 --save_every 4 --val_tokens 4096",
+    shorter = {"demo.txt\n": "demo.txt --max_steps 4 --save_every 4 --val_every 4 --val_tokens 4096\n",
                "--max_steps 200": "--max_steps 2 --warmup_steps 1 --no-compile --val_tokens 4096 "
                                   "--total_batch_size 1024 --micro_batch_size 4 --sequence_length 256",
                "python ": f"{sys.executable} "}

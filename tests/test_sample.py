@@ -175,7 +175,7 @@ def test_a_session_on_a_terminal(small_run):
 def test_without_a_model_the_newest_run_is_taken(small_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["-d", "cpu", "-p", "Hello", "--max_new_tokens", 0]
-    assert_refused(run_here(sample, *flags), "no run found in log", "@configs/demo.txt", "-m gpt2")
+    assert_refused(run_here(sample, *flags), "no run found in log", "@configs/modern_demo.txt", "-m gpt2")
     for name in ("log", "log_old", "log_new"):
         shutil.copytree(small_run, tmp_path / name)
         for path in (tmp_path / name).glob("*/meta.json"):
