@@ -73,7 +73,7 @@ def wandb_figures(log_dir):
 FIGURES = {"tensorboard": tensorboard_figures, "trackio": trackio_figures, "wandb": wandb_figures}
 
 
-@pytest.mark.parametrize("kind", FIGURES)
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb", pytest.param("trackio", marks=pytest.mark.slow)])
 def test_each_figure_is_tracked_once_after_two_kills(shards, whole, tmp_path, kind):
     """Killed in step 6, then, resumed from step 4, in step 7: steps 4, 5 and 6 are trained more than once."""
     flags, before = flags_of(shards, tmp_path / "log", "--track", kind), set(os.listdir(ROOT))

@@ -242,21 +242,21 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(shards, tmp_path, othe
 
 
 def test_the_loop_for_machines_that_may_go_away(shards, whole, tmp_path):
-    """The loop is run as docs/reliability.md prints it, and its python is killed three times."""
+    """The loop is run as docs/reliability.md prints it, and its python is killed twice."""
     text = (ROOT / "docs/reliability.md").read_text()
     loop = re.search(r"^until .*train_gpt2.py.*done$", text, re.MULTILINE)[0]
     flags = " ".join(map(str, flags_of(shards, tmp_path / "log")))
     loop = loop.replace("python train_gpt2.py", f"{sys.executable} train_gpt2.py {flags}")
     process = subprocess.Popen(["bash", "-c", loop.replace("sleep 5", "sleep 0.1")], cwd=ROOT, text=True,
                                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for moment in (0.05, 0.15, 0.1):
+    for moment in (0.05, 0.15):
         wait_for_line(process, "tokens per step")
         time.sleep(moment)
         os.kill(ranks_of(process)[0], signal.SIGKILL)
     process.communicate()
     assert process.returncode == 0
     assert_same_end(tmp_path / "log", whole)
-    assert starts_of(tmp_path / "log") == 4
+    assert starts_of(tmp_path / "log") == 3
     wrong = subprocess.run(["bash", "-c", loop.replace("--max_steps 12", "--max_steps 13")], cwd=ROOT)
     assert wrong.returncode == 0  # a wrong flag ends the loop, too
 

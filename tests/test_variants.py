@@ -431,13 +431,12 @@ def test_a_run_extended_in_its_stable_phase_continues_exactly(shards, tmp_path):
 # --------------------------------------------------------------------------------------------------- resumed
 
 
-two_variants = pytest.mark.parametrize("flags", [
-    as_flags(LLAMA), MODERN, pytest.param([*as_flags(LLAMA), "--compile"], marks=pytest.mark.slow),
-    pytest.param([*MODERN, "--compile"], marks=pytest.mark.slow),
-], ids=["swiglu_rmsnorm", "modern", "swiglu_rmsnorm compiled", "modern compiled"])
+COMPILED = [pytest.param([*flags, "--compile"], id=f"{name} compiled", marks=pytest.mark.slow)
+            for name, flags in (("swiglu_rmsnorm", as_flags(LLAMA)), ("modern", MODERN))]
 
 
-@two_variants
+@pytest.mark.parametrize("flags", [
+    pytest.param(as_flags(LLAMA), id="swiglu_rmsnorm"), pytest.param(MODERN, id="modern"), *COMPILED])
 def test_a_killed_variant_resumes_in_the_same_bits(shards, tmp_path, flags):
     whole = Run(tmp_path / "whole", train(shards, tmp_path / "whole", *flags))
     run_until_killed("train_gpt2.py", *flags_of(shards, tmp_path / "log", *flags), fault="at_step(7, kill)")
@@ -445,7 +444,9 @@ def test_a_killed_variant_resumes_in_the_same_bits(shards, tmp_path, flags):
     assert_same_end(tmp_path / "log", whole)
 
 
-@two_variants
+@pytest.mark.parametrize("flags", [
+    pytest.param(as_flags(LLAMA), id="swiglu_rmsnorm", marks=pytest.mark.slow),
+    pytest.param(MODERN, id="modern"), *COMPILED])
 def test_two_ranks_train_the_same_variant_and_a_killed_one_resumes_in_the_same_bits(shards, tmp_path, flags):
     alone = train(shards, tmp_path / "alone", *flags)
     run_script("torchrun", 2, "train_gpt2.py", *flags_of(shards, tmp_path / "whole", *flags))
