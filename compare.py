@@ -1,4 +1,4 @@
-"""Compare recipes: train each on the same data in the same order, with several seeds, and report.
+"""Compare recipes: train each on the same data in the same order, with one or more seeds, and report.
 
     python compare.py configs/demo.txt "configs/demo.txt --norm rmsnorm"           # one change, one seed
     python compare.py BASE.txt VARIANT.txt --seeds 3 --sweep max_lr=3e-3,6e-3      # each at its best rate
@@ -9,7 +9,7 @@ An arm is a config file, or a config and flags of train_gpt2.py in quotes. The f
 run has its own directory in --out; the same command continues where it was stopped. The result is a table,
 report.md, and a picture, curves.png.
 
-With --sweep, each arm first trains with every value and one seed. The best value is chosen by the first half
+With --sweep, each arm first trains with every value and one seed. The best value is chosen on the first half
 of the val split. The runs that are reported have other seeds and are validated on the second half.
 """
 
@@ -30,32 +30,32 @@ from kit import recipe
 from kit.flags import Parser, from_command_line, integer, number
 
 FIRST_SEED = 1337
-# facts of a run's record that decide its speed
+# fields of run.json that affect speed
 SETUP = ("device_name", "threads", "world_size", "dtype", "compiled", "torch")
-QUIET = ("--hellaswag_every", "0", "--sample_every", "0", "--no-plot")  # of every run
+QUIET = ("--hellaswag_every", "0", "--sample_every", "0", "--no-plot")  # added to every run
 SPEEDRUN_TARGET = 1.83  # bits per byte of the demo's val split: docs/speedrun.md
 
 
 def parse_args(argv=None):
     parser = Parser(description="Compare recipes on the same data.",
-                    usage="python compare.py ARM ARM ... [--seeds N] [--sweep FLAG=VALUE,...] [--flag value]",
-                    epilog="The flags in groups are given to all arms. Other flags of train_gpt2.py can be "
-                           "part of an arm.")
+                    usage="python compare.py ARM [ARM ...] [--seeds N] [--sweep FLAG=V,...] [--flag value]",
+                    epilog="Flags in the groups apply to all arms; flags that are not given keep each "
+                           "config's value. Other flags of train_gpt2.py can be part of an arm.")
     add = parser.add_argument
     add("arms", nargs="+", metavar="ARM",
-        help="a config, or a config and flags in quotes; the first is the baseline (the last of a speedrun)")
+        help="a config, or a config and flags in quotes; the first is the baseline (--speedrun: the second)")
     add("--seeds", type=integer(1), default=1, metavar="N", help="runs of each arm, each with another seed")
     add("--first_seed", type=integer(0), metavar="N",
         help=f"the seeds are N, N + 1, ... (default: {FIRST_SEED}, or after a --sweep {FIRST_SEED + 1})")
     add("--sweep", action="append", default=[], metavar="FLAG=VALUE,...",
-        help="values to choose from, for each arm; given twice: all pairs")
+        help="tune FLAG for each arm over these values; repeat for a grid")
     add("--any_version", action="store_true",
-        help="keep finished runs of other versions of this program (default: they are refused)")
+        help="accept finished runs of other versions of this program")
     add("--scaling", metavar="LAYERSxWIDTH,...", type=sizes_of, default=[],
-        help="train one arm in five sizes or more, and predict the loss of the largest from the others")
+        help="train one arm at five or more sizes, and predict the largest's loss from the others")
     add("--tokens_per_parameter", type=number(0.01), default=20.0,
         help="training tokens per parameter of the blocks, with --scaling")
-    add("--speedrun", action="store_true", help="compare the time of whole commands: docs/speedrun.md")
+    add("--speedrun", action="store_true", help="time the whole commands of two arms: docs/speedrun.md")
     add("--out", default="log_compare", metavar="DIR", help="directory of the runs and the report")
     add("--nproc", type=integer(1), default=1, metavar="N", help="ranks of each run, started by torchrun")
     own = {action.dest for action in parser._actions}
@@ -149,7 +149,7 @@ class Arm:
 
 
 def open_arm(text, args):
-    """The Arm that a word of the command line describes. UserError, or an exit, if it can't be trained."""
+    """Parse one ARM of the command line. Raises UserError, or exits, if it can't be trained."""
     try:
         config, *flags = shlex.split(text)
     except ValueError as error:
@@ -175,7 +175,7 @@ def check_same(arms):
 
 
 def directory(arm, args, flags):
-    """The log directory of a run of an arm with further flags."""
+    """The log directory of one run: an arm plus further flags."""
     name = re.sub(r"[^\w.=,+-]+", "_", arm.name)
     return Path(args.out, name, ",".join(f"{flag}={value}" for flag, value in flags.items()))
 
@@ -247,7 +247,7 @@ def choose(arm, args, half):
     lines = [f"| {arm.name} | {' '.join(as_flags(dict(tried)))} | {loss:.4f}{' (chosen)' * (tried == best)} |"
              for tried, loss in losses.items()]
     for name, value in best:
-        with contextlib.suppress(ValueError):  # of words
+        with contextlib.suppress(ValueError):  # values that are no numbers
             values = sorted({float(dict(tried)[name]) for tried in losses})
             if len(values) < 3 or float(value) not in (values[0], values[-1]):
                 continue
@@ -289,7 +289,7 @@ def report(arms):
     notes += ["", "Final losses by seed: " + "; ".join(
         f"{arm.name} {', '.join(f'{result.final:.4f}' for result in arm.results)}" for arm in arms) + "."]
     return [*lines, "", "Losses: nats per token. Tokens and time: fractions of the baseline's run. "
-            f"± is the standard deviation, in brackets are 95% intervals, over "
+            f"±: standard deviation; brackets: 95% intervals, over "
             f"{count(len(base.results), 'seed')}. Time per step is the median of training steps.",
             *(["", "The runs differ in " + " or ".join(SETUP) + ": times are not compared."]
               if len(setups) > 1 else []), "", *notes]
@@ -343,7 +343,7 @@ def speedrun(arms, args):
         prepare_data(arm)  # that is not part of the time
     seconds, losses = ([[] for _ in arms] for _ in range(2))
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        # in turn, and each first as often: the first one of a pair may find a colder machine
+        # alternate which arm goes first: the first may run on a cooler machine
         for i, arm in list(enumerate(arms))[:: 1 if (seed - args.first_seed) % 2 else -1]:
             log_dir = directory(arm, args, dict(seed=seed))
             if log_dir.exists():
@@ -403,7 +403,7 @@ def scaling(arm, args):
 
 
 def picture_of_scaling(law, size, loss):
-    """A matplotlib Figure: a PowerLaw, its interval, and the loss of the model of `size` that it predicts."""
+    """A matplotlib Figure: a PowerLaw, its interval, and the measured loss of the held-out size."""
     from matplotlib.figure import Figure
 
     figure = Figure((6, 4), dpi=curves.DPI, layout="constrained")
@@ -426,9 +426,9 @@ def picture_of_scaling(law, size, loss):
 
 def main(args):
     arms = [open_arm(text, args) for text in args.arms]
-    print(f"what the runs print is in {args.out}/ARM/RUN.txt", flush=True)
+    print(f"output of each run: {args.out}/ARM/RUN.txt", flush=True)
     if len({arm.name for arm in arms}) < len(arms):
-        raise UserError(f"{arms[-1].name} is given twice: the arms of a comparison differ")
+        raise UserError(f"{arms[-1].name} is given twice: arms must differ")
     out, lines, flags = Path(args.out), [], {}
     if args.speedrun:
         lines = speedrun(arms, args)

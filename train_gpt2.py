@@ -18,7 +18,7 @@ from kit.flags import MODEL, Parser, from_command_line, integer, number, parse_w
 
 def parse_args(argv=None):
     parser = Parser(
-        description="Train a GPT-2. An interval N means: at step 0, every N steps and at the end; 0: never.",
+        description="Train a GPT-2. Intervals: N runs at step 0, every N steps and at the end; 0 disables.",
         usage="python train_gpt2.py [@configs/NAME.txt] [--flag value ...]",
         aliases={"-m": "--init_from", "--model": "--init_from"},
     )
@@ -27,31 +27,31 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--data_dir", metavar="DIR", default="edu_fineweb10B", help="shards made by fineweb_edu.py")
     add("--data_tokenizer", metavar="NAME", help="tokenizer of shards without a manifest: gpt2, or a file")
-    add("--demo_data", action=switch, default=False, help="first make data_dir from Python's documentation")
+    add("--demo_data", action=switch, default=False, help="make data_dir from Python's own documentation")
     add("--log_dir", metavar="DIR", default="log", help="directory of log.txt, run.json and the checkpoints")
     add("--resume", action="store_true", help="continue from the newest valid checkpoint of log_dir")
     add("--allow_change", nargs="+", metavar="FLAG", choices=recipe.CHANGEABLE, default=(),
         help=f"settings that --resume may change: {', '.join(recipe.CHANGEABLE)}")
     add("--init_from", metavar="MODEL", help=f"start from the weights and shape of {MODEL}")
     add("--eval_only", action="store_true",
-        help="only evaluate log_dir's newest checkpoint, or the model of --init_from, and sample from it")
+        help="evaluate and sample from log_dir's newest checkpoint, or the model of --init_from; no training")
     add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
         help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32)")
     add("--compile", action=switch, help="torch.compile the model (default: yes, but not on mps)")
     add("--timeout", type=number(1, 1e8), default=600,
-        help="seconds after which a rank that does not answer counts as lost")
+        help="seconds without an answer after which a rank counts as lost")
     add("--micro_batch_size", type=integer(1), default=32,
-        help="sequences per forward pass and rank; determines memory use, not the batches of the run")
+        help="sequences per forward pass and rank; affects memory, not the batches of the run")
     recipe.add_flags(parser)
     add = parser.add_argument_group("evaluation, samples and checkpoints").add_argument
-    add("--val_every", type=interval, default=250, help="interval of the validation loss")
+    add("--val_every", type=interval, default=250, help="validation interval")
     add("--hellaswag_every", type=interval, default=250, help="interval of HellaSwag")
     add("--hellaswag_data", metavar="FILE", help="local HellaSwag examples instead of the download")
     add("--sample_every", type=interval, default=250, help="interval of samples (none at step 0)")
     add("--sample_prompt", metavar="TEXT", default="Hello, I'm a language model,", help="prompt for samples")
     add("--save_every", type=interval, default=1000, help="interval of checkpoints (none at step 0)")
-    add("--keep", type=integer(2), default=2, help="number of newest checkpoints to keep")
+    add("--keep", type=integer(2), default=2, help="keep this many newest checkpoints")
     add("--keep_every", type=interval, default=0, help="interval of checkpoints that are never removed")
     add("--skip_bad_steps", type=interval, default=0,
         help="skip at most N steps whose loss or gradient is not finite, then stop")

@@ -1,4 +1,4 @@
-"""The training loss without the whole logits in memory: cross-entropy of the head, slice by slice."""
+"""The training loss without all logits in memory: cross-entropy of the head, slice by slice."""
 
 import math
 
@@ -12,7 +12,7 @@ def split_ignored(targets):
     """Which targets (N,) count, as bools (N,), and the targets with 0 in the place of those that don't, (N,).
 
     -100 and -1 don't count: they are F.cross_entropy's default ignore_index and nanoGPT's. Any other number
-    that is no id fails when it is looked up.
+    that is no id is an error of the gather.
     """
     ignored = (targets == -100) | (targets == -1)
     return ~ignored, targets.masked_fill(ignored, 0)
@@ -36,7 +36,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     twice. The backward pass scales the gradients in place, so it can run once only, and has no derivative.
     Targets of -100 and -1 do not count (`split_ignored`); if none counts, the loss is nan and its gradient 0.
 
-    head: the matmul x @ weight.T in fp32, of which columns may be -inf. softcap: the cap by which head bends
+    head: x @ weight.T in their dtype, cast to fp32; columns may be -inf. softcap: the cap by which head bends
     its logits (`variants.softcap`), or 0. The gradients below are those of such a function.
     """
 
@@ -91,9 +91,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def scale_for_sum(x):
-    """A power of two, as a scalar tensor: rows of x, times it, can be added up in fp16 without overflow.
+    """A power of two s, as a scalar tensor, such that the sum of the rows of s x does not overflow in fp16.
 
-    x: (n, C) in fp16; each row may be multiplied by a factor of at most 1 before.
+    x: (n, C) in fp16. This holds even if each row is first multiplied by a factor between -1 and 1.
     """
     largest_sum = len(x) * x.abs().amax().float()
     return torch.exp2(-torch.log2(largest_sum / 2**15).ceil().clamp(min=0))

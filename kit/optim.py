@@ -1,7 +1,7 @@
-"""The optimizers: AdamW for everything, or Muon for the matrices of the blocks; and their state in files.
+"""The optimizers: AdamW for everything, or Muon for the matrices of the blocks. Their state in files.
 
 `Together` makes several torch optimizers act as one. A checkpoint names each state tensor by its parameter's
-index, counted through all of them.
+index, counted across all of them.
 """
 
 from collections import defaultdict
@@ -10,17 +10,17 @@ import torch
 
 from kit.variants import GATED
 
-MAX_STACK = 2**27  # entries of matrices that Muon orthogonalizes at once: 0.5 GB, of which it needs copies
+MAX_STACK = 2**27  # entries of matrices that Muon orthogonalizes at once: 0.5 GB in fp32, plus temporaries
 
 
 def make(model, weight_decay, learning_rate, device_type, optimizer="adamw", betas=(0.9, 0.95),
          muon_scale=0.2, muon_momentum=0.95, share=None):
     """The optimizer of a GPT: "adamw" or "muon". Settings with muon in their name concern Muon alone.
 
-    share: share(f, x) returns f(x) for a stack x of independent matrices, and may split it over ranks.
+    share: share(f, x) computes f(x) for a stack x of independent matrices, and may split it over ranks.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {}  # a weight and how many matrices it consists of
+    matrices = {}  # {weight: number of matrices stacked in it}
     if optimizer == "muon":
         stacked = {"c_attn.weight": 3, "c_fc.weight": 2 if model.config.mlp in GATED else 1}
         matrices = {params.pop(name): stacked.get(".".join(name.split(".")[-2:]), 1) for name, p in
@@ -57,10 +57,10 @@ class Together:
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum whose update of each matrix is replaced by the nearest orthogonal matrix.
+    """SGD with Nesterov momentum whose update of each matrix is replaced by the nearest semi-orthogonal one.
 
-    Of Keller Jordan (https://kellerjordan.github.io/posts/muon). Updates are scaled to a root mean square of
-    `scale`, about that of AdamW's, so both take the same learning rate (https://arxiv.org/abs/2502.16982).
+    Of Keller Jordan (https://kellerjordan.github.io/posts/muon). Updates have a root mean square of
+    lr * scale, similar to AdamW's, so both take the same learning rate (https://arxiv.org/abs/2502.16982).
 
     matrices: {weight: number of equal matrices stacked along its rows}, for example 3 for queries, keys and
     values, each of which is orthogonalized by itself. share: as in `make`.
@@ -112,7 +112,7 @@ def orthogonalize(x, steps=5):
             gram = y @ y.mT if step else gram
             y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
         return y.to(x.dtype)
-    # wide and in fp32: multiply the steps' (rows, rows) factors first, which bf16 could not resolve
+    # wide and in fp32: multiply the small (rows, rows) factors first and y last; bf16 is too coarse for that
     product = None
     for _ in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

@@ -21,17 +21,17 @@ from kit.files import UserError, first_line
 # torchrun sets these
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LONGEST_WAIT = datetime.timedelta(days=7)  # for another rank's downloads, checks and saves
-# gloo's and NCCL's words for a rank that died or hangs
+# in errors of gloo and NCCL when a rank has died or hangs
 LOST_RANK = re.compile("by peer|[Tt]imed out|Broken pipe|ncclRemoteError|ncclSystemError|"
                        "NCCL communicator was aborted|atchdog caught collective operation timeout")
-GRACE = 20  # seconds from SIGTERM to giving up on a GPU that waits for a lost rank: torchrun kills after 30
+GRACE = 20  # seconds after SIGTERM to wait for a GPU that a lost rank blocks; torchrun kills after 30
 
 
 class Ranks:
     """This process among the ranks that torchrun started; without torchrun, the only one.
 
-    device: where this rank computes. group: the process group of its gradients, over NCCL on GPUs. All else
-    travels from CPU to CPU over gloo, so no GPU has to be waited for.
+    device: where this rank computes. group: the process group of gradients, the loss and Muon's updates, over
+    NCCL on GPUs. All else travels between CPUs over gloo, so no GPU has to be waited for.
     """
 
     def __init__(self, device=None, timeout=600.0):
@@ -55,7 +55,7 @@ class Ranks:
             raise UserError("torchrun's ranks can't use an Apple GPU (mps): use --device cpu, or start one "
                             "process without torchrun")
         if self.distributed and self.device == "cuda":
-            # Slurm can show each rank only the GPU that is its own
+            # Slurm may show each rank only its own GPU
             only_one = torch.cuda.device_count() == 1
             self.device = pick_device("cuda:0" if only_one else f"cuda:{self.local_rank}")
         if self.device.startswith("cuda:"):
@@ -127,21 +127,21 @@ class Ranks:
                                 f"has {first[2][name]}: all ranks need the same flags and files")
 
     def sum(self, tensor):
-        """The sum of all ranks' tensors, on the CPU."""
+        """The sum of all ranks' tensors, on the CPU; a tensor on the CPU is changed in place."""
         tensor = tensor.cpu()
         if self.distributed:
             dist.all_reduce(tensor)
         return tensor
 
     def mean(self, tensor):
-        """The mean of all ranks' tensors, on the device."""
+        """The mean of all ranks' tensors, on the device, in place."""
         if self.distributed:
             dist.all_reduce(tensor, group=self.group)
             tensor /= self.world_size
         return tensor
 
     def share(self, function, items):
-        """function(items), for a tensor (N, ...) of independent items: each rank computes a part of them."""
+        """function(items), for a tensor (N, ...) of independent items: computed in parts by the ranks."""
         if not self.distributed:
             return function(items)
         each = math.ceil(len(items) / self.world_size)
@@ -153,9 +153,9 @@ class Ranks:
         return results.flatten(0, 1)[: len(items)]
 
     def wait_for_gpu(self, stop):
-        """Wait until this rank's GPU has done what is queued, but not for ever if it waits for a lost rank.
+        """Wait until this rank's GPU has done what is queued, but not forever if a rank is lost.
 
-        stop: a StopSignal; its handler runs during this wait, not during a blocking read of a GPU's result.
+        stop: a StopSignal. Polling lets its handler run; a blocking read of a GPU's result would not.
         """
         if not self.distributed or type_of(self.device) != "cuda":
             return
@@ -168,7 +168,7 @@ class Ranks:
             time.sleep(1e-4)
 
     def barrier(self):
-        """Wait for all ranks, however long they take. One that dies is noticed."""
+        """Wait for all ranks, up to LONGEST_WAIT. A dead rank is an error."""
         if self.distributed:
             dist.barrier(group=self.patient)
 
@@ -197,8 +197,8 @@ class StopSignal:
 
     They are SIGTERM, Ctrl-C, SIGHUP (a closed terminal) and SIGUSR1 (Slurm's warning before its time limit).
     A signal that is ignored from the start, such as SIGHUP under nohup, stays ignored. torchrun and
-    schedulers send a signal several times, also to ranks that already have it, so repeats are ignored. A
-    second Ctrl-C more than three seconds after the first one ends the process at once.
+    schedulers send a signal several times, even to ranks that have received it, so repeats are ignored.
+    Ctrl-C more than three seconds after the first signal ends the process at once.
     """
 
     SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # Windows lacks the last two

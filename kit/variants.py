@@ -1,8 +1,8 @@
 """Parts that can replace GPT-2's own. Each is chosen by a field of GPTConfig, which is also a flag of
 train_gpt2.py: --norm rmsnorm, --mlp swiglu, ...
 
-To add an activation, add a function and a line to ACTIVATIONS (and to GATED, if it halves its input); to add
-a norm, a line to NORMS.
+To add an activation, add a function and a line to ACTIVATIONS (and to GATED, if its output is half as wide
+as its input); to add a norm, a line to NORMS.
 Shapes in comments: B = batch, T = time (tokens), C = n_embd, nh = heads, hs = head size.
 """
 
@@ -25,7 +25,7 @@ def swiglu(x):
     return F.silu(gate) * value
 
 
-# GPTConfig.mlp: what makes the function between the MLP's two matmuls. One that is GATED halves its input
+# --mlp: a function of the config that returns the activation. GATED: the output is half as wide as the input
 ACTIVATIONS = {
     "gelu": lambda config: partial(F.gelu, approximate=config.gelu),
     "relu2": lambda config: relu2,
@@ -33,7 +33,7 @@ ACTIVATIONS = {
 }
 GATED = ("swiglu",)
 
-# GPTConfig.norm. RMSNorm does not subtract the mean (https://arxiv.org/abs/1910.07467)
+# --norm: a function of the config that returns a module. RMSNorm: no mean, no bias (https://arxiv.org/abs/1910.07467)
 NORMS = {
     "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
     "rmsnorm": lambda config: nn.RMSNorm(config.n_embd, eps=1e-5),
@@ -50,7 +50,7 @@ def activation(config):
 
 
 def norm(config):
-    """A norm before attention, before the MLP, before the head, or after the embedding.
+    """A new norm module of the kind that the config names.
 
     After the embedding it is embedding_norm, of BLOOM (https://arxiv.org/abs/2211.05100).
     """
@@ -115,7 +115,7 @@ def rotary_angles(config, positions, base=10000.0):
 
 
 def rotate(x, rotary):
-    """Rotary positions (https://arxiv.org/abs/2104.09864): turn pairs of x (B, nh, T, hs) by their angles.
+    """Rotary positions (https://arxiv.org/abs/2104.09864): rotate pairs of features of x (B, nh, T, hs).
 
     Feature i is paired with feature i + hs / 2, as in Llama. Returns fp32 if cos and sin are fp32.
     """
@@ -125,7 +125,7 @@ def rotate(x, rotary):
 
 
 class AdaptHeads(nn.Module):
-    """Changes queries, keys and values between their matmul and attention.
+    """Changes queries, keys and values after c_attn, before attention.
 
     qk_norm: RMS-normalizes each query and key, so that attention scores can't grow without bound
     (https://arxiv.org/abs/2010.04245, here without a gain).
@@ -163,7 +163,7 @@ def adapt_heads(config, layer):
 class Shortcut(nn.Module):
     """x0_shortcut: the embedded tokens are mixed into the input of a block, by two learned weights.
 
-    Of modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt). It begins without any effect.
+    Of modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt). At first it is the identity.
     """
 
     def __init__(self):
