@@ -449,8 +449,7 @@ def train(args, at_exit):
     """Train as the flags say. at_exit: an ExitStack that closes when the run ends."""
     ranks = Ranks(args.device, args.timeout)
     # each rank reads its own command line and files, on several machines from disks of its own
-    ranks.check_same({f"--{name}": value for name, value in vars(args).items()
-                      if name not in ("device", "log_dir")})
+    ranks.check_same({f"--{k}": v for k, v in vars(args).items() if k not in ("device", "log_dir")})
     tune(ranks.device, training=True)
     run = at_exit.enter_context(Run(args.log_dir, ranks, args.resume, args.track, args.plot))
     micro_steps = grad_accum_steps(args, ranks)
@@ -461,9 +460,8 @@ def train(args, at_exit):
         saved = checkpoint.read_meta(newest, digests=False).get("identity", {}) if newest else {}
         size = saved.get("vocab_size") or math.ceil(data.num_tokens / 128) * 128
         args = argparse.Namespace(**{**vars(args), "vocab_size": size})
-    config = model_config(args)
     identity = recipe.identity_of(vars(args)) | data.identity
-    raw_model, meta = open_model(args, config, data, identity, newest, run, ranks)
+    raw_model, meta = open_model(args, model_config(args), data, identity, newest, run, ranks)
     weights = meta.get("files", {}).get("model.safetensors", {}).get("digest")
     ranks.check_same({"start step": meta.get("step", 0), "weights": weights, **data.identity,
                       "HellaSwag examples": hellaswag.fingerprint(data.examples or [])})
@@ -483,10 +481,7 @@ def train(args, at_exit):
     def due(interval):
         return interval > 0 and (progress.step % interval == 0 or progress.step == args.max_steps)
 
-    def fetch():
-        return [to_device(tokens, ranks.device) for tokens in data.train.next_batch()]
-
-    batch = fetch()
+    batch = data.train.next_batch()
     try:
         for step in range(start_step, args.max_steps + 1):
             progress.step = step
@@ -523,20 +518,18 @@ def train(args, at_exit):
             loss = torch.zeros((), device=ranks.device)
             for micro_step in range(micro_steps):
                 stop.check()
-                x, y = batch
+                x, y = (to_device(tokens, ranks.device) for tokens in batch)
                 sync_gradients(model, on=micro_step == micro_steps - 1)
                 with precision.autocast:
                     _, micro_loss = model(x, y)
                 micro_loss = micro_loss / micro_steps  # backward() sums, we want the mean
                 precision.scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
-                batch = fetch()  # while a GPU computes
+                batch = data.train.next_batch()  # while a GPU computes
             precision.scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip or math.inf)
             # the only wait for the GPU: values that are not finite must not reach the weights
-            loss = ranks.mean(loss)
-            ranks.wait_for_gpu(stop)
-            loss, norm = torch.stack([loss, norm]).tolist()
+            loss, norm = ranks.read(torch.stack([ranks.mean(loss), norm]), stop)
             lr = get_lr(step, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr

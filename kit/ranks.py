@@ -152,13 +152,13 @@ class Ranks:
         dist.all_gather(list(results), results[self.rank].clone(), group=self.group)
         return results.flatten(0, 1)[: len(items)]
 
-    def wait_for_gpu(self, stop):
-        """Wait until this rank's GPU has done what is queued, but not forever if a rank is lost.
+    def read(self, tensor, stop):
+        """The values of a tensor on this rank's device, as a list. Raises DistError if a rank is lost.
 
         stop: a StopSignal. Polling lets its handler run; a blocking read of a GPU's result would not.
         """
         if not self.distributed or type_of(self.device) != "cuda":
-            return
+            return tensor.tolist()
         done, started = torch.cuda.Event(), time.monotonic()
         done.record()
         while not done.query():
@@ -166,6 +166,7 @@ class Ranks:
             if now - started > self.timeout or stop.number and now - max(started, stop.received_at) > GRACE:
                 raise dist.DistError("a collective of the GPUs timed out")
             time.sleep(1e-4)
+        return tensor.tolist()
 
     def barrier(self):
         """Wait for all ranks, up to LONGEST_WAIT. A dead rank is an error."""
