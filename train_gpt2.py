@@ -131,6 +131,7 @@ class DataLoaderLite:
             raise UserError(f"--sequence_length {T}: a window takes {T + 1} tokens, the longest {split} "
                             f"shard of {data_dir} has {longest}")
         self.position = 0  # windows consumed so far, by all ranks together
+        self.prefetched = None, None  # the first window of a micro-batch that was read early, and that batch
         self.order_of, self.order = None, None  # the current shuffle: (epoch, shard) and its permutation
 
     def place(self, n):
@@ -162,9 +163,17 @@ class DataLoaderLite:
 
     def next_batch(self):
         """This rank's next micro-batch: inputs and targets, both (B, T)."""
-        first = self.position + self.process_rank * self.B
+        first, (prefetched, batch) = self.position + self.process_rank * self.B, self.prefetched
+        if prefetched != first:
+            batch = self.batch(first, self.B)
         self.position += self.num_processes * self.B
-        return self.batch(first, self.B)
+        return batch
+
+    def prefetch(self):
+        """Read the next micro-batch now. An error in it is next_batch()'s: the step before it is unharmed."""
+        first = self.position + self.process_rank * self.B
+        with contextlib.suppress(UserError):
+            self.prefetched = first, self.batch(first, self.B)
 
 
 def get_lr(step, args):
@@ -481,7 +490,6 @@ def train(args, at_exit):
     def due(interval):
         return interval > 0 and (progress.step % interval == 0 or progress.step == args.max_steps)
 
-    batch = data.train.next_batch()
     try:
         for step in range(start_step, args.max_steps + 1):
             progress.step = step
@@ -518,14 +526,14 @@ def train(args, at_exit):
             loss = torch.zeros((), device=ranks.device)
             for micro_step in range(micro_steps):
                 stop.check()
-                x, y = (to_device(tokens, ranks.device) for tokens in batch)
+                x, y = (to_device(tokens, ranks.device) for tokens in data.train.next_batch())
                 sync_gradients(model, on=micro_step == micro_steps - 1)
                 with precision.autocast:
                     _, micro_loss = model(x, y)
                 micro_loss = micro_loss / micro_steps  # backward() sums, we want the mean
                 precision.scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
-                batch = data.train.next_batch()  # while a GPU computes
+                data.train.prefetch()  # while a GPU computes
             precision.scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip or math.inf)
             # the only wait for the GPU: values that are not finite must not reach the weights

@@ -97,6 +97,7 @@ def test_shards_are_read_completely_only_once(shards, tmp_path, calls_of):
 
 
 def test_a_token_beyond_the_vocabulary_is_found_before_it_is_trained_on(shards, tmp_path):
+    """Not earlier: the step before is recorded, and a run that ends there does not need that batch."""
     make.copy_shards(shards, tmp_path / "data", manifest=False)  # which would vouch for the ids
     path, tokens, start = DataLoaderLite(4, 32, data_dir=tmp_path / "data").place(3 * 8 + 1)  # of step 3
     ids = np.array(tokens)
@@ -105,6 +106,7 @@ def test_a_token_beyond_the_vocabulary_is_found_before_it_is_trained_on(shards, 
     with pytest.raises(UserError, match=f"{path.name} contains id 600 at offset {start + 5}, but the"):
         train(tmp_path / "data", tmp_path / "log")
     assert max(read_log(tmp_path / "log"))[0] == 2
+    assert max(train(tmp_path / "data", tmp_path / "shorter", "--max_steps", 3))[0] == 3
 
 
 def test_short_shards_give_each_window_once_an_epoch(tmp_path):
