@@ -54,6 +54,8 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 
 from kit import huggingface, nanogpt, recipe
+from kit.device import copy_to_cpu
+from kit.divergence import remedy
 from kit.files import (
     UserError,
     digest,
@@ -105,11 +107,26 @@ class Progress:
         return cls(**{name: meta[name] for name in cls.__dataclass_fields__ if name in meta})
 
 
-def save(path, model, progress, tokenizer="gpt2", optimizer=None, **meta):
-    """Write a checkpoint of model (and optimizer) as the directory `path`, completely or not at all.
+def contents(model, progress, tokenizer="gpt2", optimizer=None, **meta):
+    """What a checkpoint of model (and optimizer) contains: (tensors by file, tokenizer, values of meta.json).
 
-    progress: a Progress. tokenizer: "gpt2" or the path of a tokenizer.json. meta: further plain values for
-    meta.json. Raises OSError if it can't be written, for example on a full disk.
+    progress: a Progress. tokenizer: "gpt2" or the path of a tokenizer.json. meta: further plain values.
+    """
+    tensors = {"model.safetensors": model.state_to_save()}
+    if optimizer is not None:
+        tensors["optimizer.safetensors"] = state_tensors(optimizer)
+    return tensors, tokenizer, dict(config=asdict(model.config), **asdict(progress), **meta)
+
+
+def save(path, *model, **more):
+    """Write a checkpoint of the `contents` that these arguments give. See `write`."""
+    write(path, *contents(*model, **more))
+
+
+def write(path, tensors, tokenizer, meta):
+    """Write a checkpoint with these `contents` as the directory `path`, completely or not at all.
+
+    Raises OSError if it can't be written, for example on a full disk.
     """
     path = Path(path)
     temporary, replaced = temporary_path(path), temporary_path(path.with_name(path.name + ".old"))
@@ -117,14 +134,14 @@ def save(path, model, progress, tokenizer="gpt2", optimizer=None, **meta):
         discard(leftover)
     try:
         temporary.mkdir(parents=True)
-        save_file(contiguous(model.state_to_save()), temporary / "model.safetensors")
-        if optimizer is not None:
-            save_file(contiguous(state_tensors(optimizer)), temporary / "optimizer.safetensors")
+        for name, content in tensors.items():
+            content = {key: tensor.detach().contiguous() for key, tensor in content.items()}
+            save_file(content, temporary / name)
         if tokenizer != "gpt2":
             shutil.copyfile(tokenizer, temporary / "tokenizer.json")
         files = {file.name: {"bytes": file.stat().st_size, "digest": digest(file)}
                  for file in temporary.iterdir()}
-        body = dict(format=FORMAT, config=asdict(model.config), files=files, **asdict(progress), **meta)
+        body = dict(format=FORMAT, **meta, files=files)
         text = json.dumps({**body, "self": text_digest(body)}, indent=1)
         with name_in_errors(path):
             (temporary / "meta.json").write_text(text, encoding="utf-8")
@@ -149,10 +166,6 @@ def discard(path):
         with contextlib.suppress(OSError):
             os.rename(path, garbage)
         shutil.rmtree(garbage, ignore_errors=True)
-
-
-def contiguous(tensors):
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def text_digest(body):
@@ -292,6 +305,39 @@ def clean(log_dir):
             os.rename(replaced, path)
     for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+class Saver:
+    """Writes the checkpoints of a run and removes old ones. All ranks call it; rank 0 writes."""
+
+    def __init__(self, args, identity, tokenizer, raw_model, precision, run, ranks):
+        self.args, self.raw_model, self.run, self.ranks = args, raw_model, run, ranks
+        self.precision, self.tokenizer, self.identity = precision, tokenizer, identity
+
+    def save(self, name, progress, optimizer=None):
+        """Write log_dir/name, in the background if the run has one.
+
+        Raises UserError, and writes nothing, if a weight is not finite.
+        """
+        if not all(p.isfinite().all() for p in self.raw_model.parameters()):
+            raise UserError(f"before step {progress.step} the weights are not finite, no checkpoint was "
+                            f"saved. {remedy(self.precision)}")
+        if self.ranks.is_first:
+            self.run.background.wait()  # one copy in memory at a time
+            tensors, *others = contents(
+                self.raw_model, progress, self.tokenizer, optimizer, identity=self.identity,
+                dtype=self.precision.name, scaler=self.precision.scaler.state_dict())
+            if self.run.background.on:
+                tensors = {file: copy_to_cpu(content) for file, content in tensors.items()}
+            self.run.background.submit(self.write, self.run.log_dir / name, progress.step, tensors, *others)
+        self.ranks.barrier()
+
+    def write(self, path, step, *contents):
+        """Write a checkpoint with these `contents`, and remove old ones."""
+        self.run.sync_log()
+        write(path, *contents)
+        prune(self.run.log_dir, self.args.keep, step, self.args.keep_every)
+        self.ranks.say(f"step {step}: saved {path}")
 
 
 def newest_run(say=True):

@@ -51,6 +51,9 @@ def parse_args(argv=None):
     add("--sample_every", type=interval, default=250, help="interval of samples (none at step 0)")
     add("--sample_prompt", metavar="TEXT", default="Hello, I'm a language model,", help="prompt for samples")
     add("--save_every", type=interval, default=1000, help="interval of checkpoints (none at step 0)")
+    add("--background", action=switch,
+        help="save and draw in a thread while training goes on; takes CPU memory for a copy of weights and "
+             "optimizer (default: on a GPU)")
     add("--keep", type=integer(2), default=2, help="keep this many newest checkpoints")
     add("--keep_every", type=interval, default=0, help="interval of checkpoints that are never removed")
     add("--skip_bad_steps", type=interval, default=0,
@@ -94,7 +97,7 @@ from tqdm import tqdm
 import checkpoint
 import fineweb_edu
 import hellaswag
-from checkpoint import Progress
+from checkpoint import Progress, Saver
 from kit import shards
 from kit.device import Precision, compile_model, compiles_by_default, name_of, out_of_memory, to_device, tune
 from kit.divergence import remedy, skip_or_stop, watch_loss
@@ -300,6 +303,14 @@ def load_hellaswag(args, ranks):
             ranks.say(f"no HellaSwag: {error}")
 
 
+def with_vocab_size(args, data, newest):
+    """The flags, with the --vocab_size of the checkpoint `newest`, if any, or one that fits the data."""
+    saved = checkpoint.read_meta(newest, digests=False).get("identity", {}) if newest else {}
+    padded = math.ceil(data.num_tokens / 128) * 128  # for faster matmuls on GPUs
+    size = args.vocab_size or saved.get("vocab_size") or padded
+    return argparse.Namespace(**{**vars(args), "vocab_size": size})
+
+
 def open_model(args, config, data, identity, newest, run, ranks):
     """The model to train, on its device: from the checkpoint `newest`, from --init_from, or a new one.
 
@@ -429,28 +440,6 @@ def sample(step, args, raw_model, data, precision, ranks):
         raise UserError(f"before step {step}: {error}. {remedy(precision)}") from error
 
 
-class Saver:
-    """Writes the checkpoints of a run and removes old ones. All ranks call it; rank 0 writes."""
-
-    def __init__(self, args, identity, data, raw_model, precision, run, ranks):
-        self.args, self.raw_model, self.run, self.ranks = args, raw_model, run, ranks
-        self.precision, self.tokenizer, self.identity = precision, data.tokenizer_name, identity
-
-    def save(self, name, progress, optimizer=None):
-        """Write log_dir/name. Raises UserError, and writes nothing, if a weight is not finite."""
-        path = self.run.log_dir / name
-        if not all(p.isfinite().all() for p in self.raw_model.parameters()):
-            raise UserError(f"before step {progress.step} the weights are not finite, no checkpoint was "
-                            f"saved. {remedy(self.precision)}")
-        if self.ranks.is_first:
-            self.run.sync_log()
-            checkpoint.save(path, self.raw_model, progress, self.tokenizer, optimizer, identity=self.identity,
-                            dtype=self.precision.name, scaler=self.precision.scaler.state_dict())
-            checkpoint.prune(self.run.log_dir, self.args.keep, progress.step, self.args.keep_every)
-        self.ranks.barrier()
-        self.ranks.say(f"step {progress.step}: saved {path}")
-
-
 # --------------------------------------------------------------------------------------------------- the run
 
 
@@ -460,15 +449,12 @@ def train(args, at_exit):
     # each rank reads its own command line and files, on several machines from disks of its own
     ranks.check_same({f"--{k}": v for k, v in vars(args).items() if k not in ("device", "log_dir")})
     tune(ranks.device, training=True)
-    run = at_exit.enter_context(Run(args.log_dir, ranks, args.resume, args.track, args.plot))
+    run = at_exit.enter_context(Run(args, ranks))
     micro_steps = grad_accum_steps(args, ranks)
     model_config(args)  # an impossible shape is refused before any data is made
     data = open_data(args, ranks)
     newest = checkpoint.find_for_resume(run.log_dir, ranks) if run.resuming else None
-    if args.vocab_size is None:  # that of the resumed run, or a multiple of 128, for faster matmuls on GPUs
-        saved = checkpoint.read_meta(newest, digests=False).get("identity", {}) if newest else {}
-        size = saved.get("vocab_size") or math.ceil(data.num_tokens / 128) * 128
-        args = argparse.Namespace(**{**vars(args), "vocab_size": size})
+    args = with_vocab_size(args, data, newest)
     identity = recipe.identity_of(vars(args)) | data.identity
     raw_model, meta = open_model(args, model_config(args), data, identity, newest, run, ranks)
     weights = meta.get("files", {}).get("model.safetensors", {}).get("digest")
@@ -478,7 +464,7 @@ def train(args, at_exit):
     optimizer = open_optimizer(args, raw_model, newest, meta, precision, ranks)
     validation = Validation(data.val, data.val_windows, precision, ranks, args.val_every and data.tokenizer)
     compiled, model = wrap_model(args, raw_model, data, validation, precision, ranks)
-    saver = Saver(args, identity, data, raw_model, precision, run, ranks)
+    saver = Saver(args, identity, data.tokenizer_name, raw_model, precision, run, ranks)
     progress, start_step = Progress.of(meta), meta.get("step", 0)
     start_run(args, micro_steps, start_step, data, raw_model, compiled, precision, run, ranks)
     report = Report(args, raw_model, precision, run, ranks)
@@ -493,6 +479,7 @@ def train(args, at_exit):
     try:
         for step in range(start_step, args.max_steps + 1):
             progress.step = step
+            run.background.check()  # a failed save ends the run
             # dropout draws from (seed, step, rank), so a resumed run needs no random state from a checkpoint
             torch.manual_seed(hash((args.seed, step, ranks.rank)) % 2**63)
 
@@ -555,11 +542,13 @@ def train(args, at_exit):
     except StopRequested as request:
         if progress.step > start_step or not newest:  # a resumed run repeats the unfinished step
             saver.save(f"ckpt_{progress.step:06d}", progress, optimizer)
+        run.background.wait()
         number = signal.Signals(request.args[0])
         ranks.say(f"stopped by {number.name} before step {progress.step}; continue with the same "
                   "command and --resume")
         ranks.leave()
         sys.exit(128 + number)
+    run.background.wait()
     ranks.leave()
     if not args.eval_only:
         report.summary(progress, data)

@@ -71,6 +71,17 @@ def to_device(tensor, device):
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
+def copy_to_cpu(tensors):
+    """Copies of tensors, {name: tensor}, in CPU memory; those of a GPU in pinned memory, which is faster."""
+    copies = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+              for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        copies[name].copy_(tensor.detach(), non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
 def tune(device, training=False):
     """Process-wide settings for speed and reproducibility. A script calls this before its first matmul.
 

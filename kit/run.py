@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from kit import curves, record, reference, tracking
+from kit.background import Background
+from kit.device import type_of
 from kit.files import UserError, locked, sync
 from kit.ranks import restarted_by_torchrun, torchrun_id
 
@@ -25,14 +27,15 @@ class Run(contextlib.ExitStack):
     restarted the ranks.
     """
 
-    def __init__(self, log_dir, ranks, resume=False, track=None, plot=False):
-        """Lock the directory. track: a tracker's name. plot: whether `report` draws log_dir/curves.png.
+    def __init__(self, args, ranks):
+        """Lock the directory. args: the flags of train_gpt2.py.
 
         Raises UserError if the directory is in use, can't be written, contains a run that is not resumed, or
         contains files of another program that the run would overwrite.
         """
         super().__init__()
-        self.log_dir, self.ranks, self.track, self.plot = Path(log_dir), ranks, track, plot
+        log_dir, self.track, self.plot = args.log_dir, args.track, args.plot
+        self.log_dir, self.ranks = Path(log_dir), ranks
         self.log_file = record.log_path(log_dir)
         self.tracker = None
         if log_dir != log_dir.encode(errors="replace").decode():  # safetensors could not read it back
@@ -41,7 +44,7 @@ class Run(contextlib.ExitStack):
             self.enter_context(locked(log_dir))
         restarted = (ranks.is_first and restarted_by_torchrun()
                      and record.read_record(log_dir).get("torchrun") == torchrun_id())
-        self.resuming = bool(ranks.max(resume or restarted))
+        self.resuming = bool(ranks.max(args.resume or restarted))
         found = [path for name in FILES for path in self.log_dir.glob(name)
                  if path.is_dir() or path.stat().st_size]
         if found and not record.is_run(log_dir):
@@ -50,8 +53,10 @@ class Run(contextlib.ExitStack):
         if found and not self.resuming:
             raise UserError(f"--log_dir {log_dir} already contains a run: continue it with --resume, "
                             "or name another directory")
-        if track and ranks.is_first:
-            tracking.check(track, log_dir)
+        if self.track and ranks.is_first:
+            tracking.check(self.track, log_dir)
+        on = type_of(ranks.device) == "cuda" if args.background is None else args.background
+        self.background = self.enter_context(Background(on))
 
     def start(self, step, flags, **facts):
         """Begin at a step: drop that step and later ones from log.txt, write run.json, start the tracker."""
@@ -87,11 +92,15 @@ class Run(contextlib.ExitStack):
             if warning:
                 self.ranks.say(warning)
         if self.plot:
-            try:
-                curves.draw([self.log_dir], self.log_dir / "curves.png")
-            except UserError as error:  # for example without matplotlib
-                self.plot = False
-                self.ranks.say(f"curves.png is not drawn from here on: {error}")
+            self.background.submit(self.draw)
+
+    def draw(self):
+        """Draw log_dir/curves.png. A failure is reported once and does not stop the run."""
+        try:
+            curves.draw([self.log_dir], self.log_dir / "curves.png")
+        except UserError as error:  # for example without matplotlib
+            self.plot = False
+            self.ranks.say(f"curves.png is not drawn from here on: {error}")
 
     def sync_log(self):
         """Make sure that log.txt is on the disk, for example before a checkpoint of the same step."""

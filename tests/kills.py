@@ -1,7 +1,8 @@
 """Kill the demo on two ranks at random moments: `python tests/kills.py --kills 100`.
 
 A run is killed and resumed until it ends, then the next run starts. Each must end in the same bits as an
-uninterrupted run: log, weights, optimizer. Each kill prints a line.
+uninterrupted run: log, weights, optimizer. Each start saves in the background or not, by chance. Each kill
+prints a line.
 """
 
 import argparse
@@ -38,7 +39,8 @@ while kills < args.kills:
     runs += 1
     ended = False
     while not ended:
-        process = start_script(*command("killed", "--resume"))
+        background = moments.choice(["--background", "--no-background"])
+        process = start_script(*command("killed", "--resume", background))
         lines = []
         reader = threading.Thread(target=lines.extend, args=[process.stdout], daemon=True)
         reader.start()

@@ -17,6 +17,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from runs import (
     start_script,
     train,
     wait_for_line,
+    weights,
 )
 
 import checkpoint
@@ -160,6 +162,7 @@ def test_a_run_resumes_on_another_number_of_ranks(shards, whole, tmp_path):
     assert_close(read_log(tmp_path / "log"), whole.log)
 
 
+@pytest.mark.parametrize("background", ["--no-background", "--background"])
 @pytest.mark.parametrize("fault, newest", [
     ('inside_save("ckpt_000004", kill)', None),
     ('inside_save("ckpt_000004", kill, after_rename=True)', 4),
@@ -169,16 +172,46 @@ def test_a_run_resumes_on_another_number_of_ranks(shards, whole, tmp_path):
     ('inside_save("ckpt_000012", kill)', 8),
     ('inside_removal("ckpt_000004", kill, after_rename=True)', 12),
 ])
-def test_sigkill_inside_a_save(shards, whole, tmp_path, fault, newest):
-    run_until_killed("train_gpt2.py", *flags_of(shards, tmp_path / "log"), fault=fault)
+def test_sigkill_inside_a_save(shards, whole, tmp_path, fault, newest, background):
+    run_until_killed("train_gpt2.py", *flags_of(shards, tmp_path / "log", background), fault=fault)
     found, skipped = checkpoint.latest(tmp_path / "log")
     assert (found and int(found.name[-6:])) == newest and not skipped
     copy_run(tmp_path / "log", tmp_path / "cleaned")
     checkpoint.clean(tmp_path / "cleaned")
     checkpoint.load(tmp_path / "cleaned" / "best")  # even if the new one had not replaced it yet
-    train(shards, tmp_path / "log", "--resume")
+    train(shards, tmp_path / "log", "--resume", background)
     assert_same_end(tmp_path / "log", whole)
     assert not list((tmp_path / "log").glob(".*.tmp"))
+
+
+def test_a_checkpoint_in_the_background_is_that_of_its_step(shards, tmp_path, faults):
+    """Training is at step 7 before the checkpoint of step 4 is written, which must not have changed."""
+    flags, at_step_7, trained_on = ["--val_every", 0, "--keep", 3], threading.Event(), []
+    train(shards, tmp_path / "whole", *flags)
+    faults.at_step(7, at_step_7.set)
+    faults.while_writing_tensors(lambda: trained_on.append(at_step_7.wait(60)))
+    train(shards, tmp_path / "log", *flags, "--background")
+    assert trained_on == [True]
+    for step in (4, 8, 12):
+        name = f"ckpt_{step:06d}"
+        assert weights(tmp_path / "log", name) == weights(tmp_path / "whole", name)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_stopped_run_waits_for_its_checkpoint(shards, whole, tmp_path, faults, capsys, stop):
+    """So does one that ends: what it says to be saved is on the disk."""
+    faults.while_writing_tensors(lambda: time.sleep(2))
+    if stop:
+        faults.at_step(2, faults.stop)
+        with pytest.raises(SystemExit):
+            train(shards, tmp_path / "log", "--background", "--save_every", 0, "--val_every", 0)
+    else:
+        train(shards, tmp_path / "log", "--background", "--save_every", 12, "--val_every", 0)
+    name = "ckpt_000003" if stop else "ckpt_000012"
+    checkpoint.load(tmp_path / "log" / name)
+    saved, ended = f"saved {tmp_path / 'log' / name}", "stopped by" if stop else "finished"
+    output = capsys.readouterr().out
+    assert output.index(saved) < output.index(ended)
 
 
 def test_sigkill_between_the_log_and_the_checkpoint(shards, whole, tmp_path):
@@ -326,11 +359,13 @@ def test_a_checkpoint_that_can_not_be_deleted_does_not_stop_the_run(shards, tmp_
 # -------------------------------------------------------------------------- the disk and other processes
 
 
-@pytest.mark.parametrize("full_at", ["checkpoint", "log"])
-def test_a_full_disk_ends_the_run_in_one_line(shards, whole, tmp_path, full_at):
+@pytest.mark.parametrize("full_at, flags", [
+    ("checkpoint", []), ("checkpoint", ["--background"]), ("log", []),
+])
+def test_a_full_disk_ends_the_run_in_one_line(shards, whole, tmp_path, full_at, flags):
     log_dir = copy_run(whole.log_dir, tmp_path / "log", without="ckpt_000012")
     size = 100_000 if full_at == "checkpoint" else f"os.path.getsize({str(log_dir / 'log.txt')!r}) + 10"
-    process = run_script("train_gpt2.py", *flags_of(shards, log_dir, "--resume"), check=False,
+    process = run_script("train_gpt2.py", *flags_of(shards, log_dir, "--resume", *flags), check=False,
                          fault=f"at_step(9, lambda: fill_disk({size}))")
     last = process.stderr.splitlines()[-1]
     name = "best" if full_at == "checkpoint" else "log.txt"
