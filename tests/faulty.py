@@ -31,6 +31,7 @@ import checkpoint
 import fineweb_edu
 import train_gpt2
 from kit import files, formats, shards
+from kit.device import compile_model
 from model import GPT
 from train_gpt2 import DataLoaderLite
 
@@ -152,6 +153,13 @@ def while_others_wait_for(what, act, step=8):
 def while_compiling(act, after):
     """So many seconds after torch.compile was called."""
     before(torch, "compile", lambda *_, **__: True, threading.Timer(after, act).start)
+
+
+def compiled_as_on_a_gpu():
+    """torch.compile with a GPU's settings: the loss is part of the graph. A later recompilation fails."""
+    patch(train_gpt2, "compile_model", lambda model, device, *rest: compile_model(model, "cuda", *rest))
+    before(train_gpt2, "start_run", lambda *_, **__: True,
+           lambda: torch.compiler.set_stance("fail_on_recompile"))
 
 
 def not_finite(sequence, what):
