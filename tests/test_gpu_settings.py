@@ -2,7 +2,10 @@
 
 import make
 import pytest
+import torch
 from runs import Run, assert_same_end, flags_of, read_log, run_script, train
+
+from model import GPT, GPTConfig
 
 FLAGS = ["--compile", "--dtype", "bfloat16", "--hellaswag_every", 4, "--sample_every", 4]
 
@@ -30,3 +33,41 @@ def test_the_graph_of_a_gpu_trains_evaluates_saves_and_resumes(shards, texts, tm
     assert killed.returncode != 0
     run_script(*command("killed"), "--resume", fault="compiled_as_on_a_gpu()")
     assert_same_end(tmp_path / "killed", whole)
+
+
+def kept_for_backward(n_layer, n_embd, tokens, vocab_size):
+    """What the forward graph of a training step keeps for the backward pass, by torch's partitioner.
+
+    (name, shape, bytes) of each tensor, inputs and parameters excepted.
+    """
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    forward_graphs = []
+
+    def forward_compiler(graph, inputs):
+        forward_graphs.append(graph.graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=forward_compiler, bw_compiler=lambda graph, _: make_boxed_func(graph),
+                           partition_fn=min_cut_rematerialization_partition,
+                           decompositions=select_decomp_table())
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(tokens // 2, vocab_size, n_layer, n_embd // 32, n_embd))
+    x, y = torch.randint(vocab_size, (2, 2, tokens // 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.compile(model, backend=backend, fullgraph=True)(x, y)[1].backward()
+    _, *kept = next(node for node in forward_graphs[0].nodes if node.op == "output").args[0]
+    made = [(node.name, node.meta["val"]) for node in kept if node.op != "placeholder"]
+    return [(name, tuple(t.shape), t.numel() * t.element_size()) for name, t in made]
+
+
+def test_the_graph_of_a_gpu_keeps_no_logits_and_a_known_amount_per_layer():
+    """38 bytes per token, layer and unit of width, beside the weights in 16 bits."""
+    n_embd, tokens, vocab_size = 64, 256, 5120
+    one, two = (kept_for_backward(n_layer, n_embd, tokens, vocab_size) for n_layer in (1, 2))
+    assert one and not [name for name, shape, _ in two if vocab_size in shape and tokens in shape]
+    layer = sum(size for *_, size in two) - sum(size for *_, size in one)
+    activations = layer - 2 * 12 * n_embd**2
+    assert 30 < activations / (tokens * n_embd) < 39
