@@ -67,7 +67,6 @@ import contextlib
 import math
 import platform
 import random
-import resource
 import statistics
 import tempfile
 import time
@@ -307,22 +306,15 @@ def sample_arm(name, device, batch_size, directory=None):
 
 def arm(work, **settings):
     """Serve one arm: a line on stdin asks for the unit with that number, a line of JSON on stdout answers."""
+    from kit.device import peak_memory
+
     answers, sys.stdout = sys.stdout, sys.stderr
     arms = dict(train=train_arm, hellaswag=hellaswag_arm, sample=sample_arm, matmul=matmul_arm)
     unit = arms[work](**settings)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         answer = unit(int(line))
-        print(json.dumps(dict(answer, peak_bytes=peak_bytes(settings["device"]))), file=answers, flush=True)
-
-
-def peak_bytes(device):
-    """The peak memory of this process, or of its GPU."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        print(json.dumps(dict(answer, peak_bytes=peak_memory(settings["device"]))), file=answers, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- the rounds
@@ -586,16 +578,14 @@ def bench_start(args):
 def machine(device):
     import torch
     import transformers
-    from torch.nn.attention import SDPBackend
 
-    from kit.device import name_of
+    from kit.device import attention_backend, name_of
 
     facts = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), python=platform.python_version(),
                  torch=torch.__version__, transformers=transformers.__version__, cores=os.cpu_count(),
                  device=name_of(device))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    q = torch.empty(1, 12, 1024, 64, device=device, dtype=dtype, requires_grad=True)
-    facts["attention"] = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+    facts["attention"] = attention_backend(device, dtype, head_size=64)
     if device == "cuda":
         driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         facts |= dict(cudnn=torch.backends.cudnn.version(),

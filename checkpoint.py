@@ -74,7 +74,8 @@ FORMAT = "gpt2 checkpoint, version 1"
 NAME = re.compile(r"ckpt_(\d{6,})$")
 
 # the temporary names of a run's files and directories, which a crash leaves behind (digits: `discard`)
-LEFTOVER = re.compile(r"\.(\d+|(ckpt_\d+|best)(\.old)?|log\.txt|run\.json|curves\.png|source_\w+\.zip)\.tmp")
+LEFTOVER = re.compile(r"\.(\d+|(ckpt_\d+|best)(\.old)?|log\.txt|run\.json|profile\.txt|curves\.png|"
+                      r"source_\w+\.zip)\.tmp")
 
 # types of the values in meta.json
 KINDS = dict(step=int, config=dict, files=dict, identity=dict, val_loss=(float, type(None)), best_val=float,

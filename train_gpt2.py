@@ -51,6 +51,8 @@ def parse_args(argv=None):
     add("--sample_every", type=interval, default=250, help="interval of samples (none at step 0)")
     add("--sample_prompt", metavar="TEXT", default="Hello, I'm a language model,", help="prompt for samples")
     add("--save_every", type=interval, default=1000, help="interval of checkpoints (none at step 0)")
+    add("--profile", type=interval, default=0, metavar="N",
+        help="profile N training steps: log_dir/profile.txt and a trace")
     add("--background", action=switch,
         help="save and draw in a thread while training goes on; takes CPU memory for a copy of weights and "
              "optimizer (default: on a GPU)")
@@ -99,9 +101,20 @@ import fineweb_edu
 import hellaswag
 from checkpoint import Progress, Saver
 from kit import shards
-from kit.device import Precision, compile_model, compiles_by_default, name_of, out_of_memory, to_device, tune
+from kit.device import (
+    Precision,
+    attention_backend,
+    compile_model,
+    compiles_by_default,
+    name_of,
+    out_of_memory,
+    to_device,
+    tune,
+    type_of,
+)
 from kit.divergence import remedy, skip_or_stop, watch_loss
 from kit.files import UserError, count, first_line, run_script, unbreakable_output
+from kit.profiling import Profile
 from kit.ranks import Ranks, StopRequested, StopSignal
 from kit.report import Report, explain_errors, waiting
 from kit.run import Run
@@ -399,15 +412,18 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
 def start_run(args, micro_steps, start_step, data, raw_model, compiled, precision, run, ranks):
     """Record the start of the run and print what it is."""
     is_compiled, device_name = compiled is not raw_model, name_of(ranks.device)
+    head_size = raw_model.config.n_embd // raw_model.config.n_head
+    attention = attention_backend(ranks.device, getattr(torch, precision.name), head_size)
     shape = {name: getattr(raw_model.config, name) for name in recipe.SHAPE}  # --init_from changes it
     run.start(start_step, {**vars(args), **shape}, parameters=raw_model.num_params(),
               flops_per_token=raw_model.flops_per_token(args.sequence_length),
               world_size=ranks.world_size, device=ranks.device, device_name=device_name, dtype=precision.name,
-              compiled=is_compiled, data_manifest=data.identity["data"],
+              attention=attention, compiled=is_compiled, data_manifest=data.identity["data"],
               data_source=shards.source_of(args.data_dir), tokenizer=data.identity["tokenizer"],
               hellaswag_examples=data.examples and len(data.examples))
     ranks.say(f"{raw_model.num_params():,} parameters, {precision.name} on {ranks.device} ({device_name}), "
-              + ("compiled" if is_compiled else "not compiled"))
+              + ("compiled" if is_compiled else "not compiled")
+              + (f", attention: {attention}" if type_of(ranks.device) == "cuda" else ""))
     if args.eval_only:
         return
     tokens = data.train.num_windows * args.sequence_length
@@ -468,8 +484,8 @@ def train(args, at_exit):
     progress, start_step = Progress.of(meta), meta.get("step", 0)
     start_run(args, micro_steps, start_step, data, raw_model, compiled, precision, run, ranks)
     report = Report(args, raw_model, precision, run, ranks)
-    if data.examples:
-        rendered = hellaswag.render(data.examples, data.tokenizer, raw_model.config.block_size)
+    rendered = data.examples and hellaswag.render(data.examples, data.tokenizer, raw_model.config.block_size)
+    profile = at_exit.enter_context(Profile(args.profile, run.log_dir, ranks))
     data.train.position = start_step * args.total_batch_size // args.sequence_length
     stop = at_exit.enter_context(StopSignal(ranks))
 
@@ -539,6 +555,7 @@ def train(args, at_exit):
             if finite:
                 report.step(step, loss, lr, norm, seconds=time.perf_counter() - started)
                 watch_loss(progress, loss, args, data.num_tokens, ranks)
+            profile.step()
     except StopRequested as request:
         if progress.step > start_step or not newest:  # a resumed run repeats the unfinished step
             saver.save(f"ckpt_{progress.step:06d}", progress, optimizer)

@@ -7,10 +7,12 @@ import importlib
 import os
 import platform
 import re
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.attention
 
 from kit.files import UserError, warn_once
 from kit.packed import onednn_is_faster
@@ -69,6 +71,35 @@ def to_device(tensor, device):
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def attention_backend(device, dtype, head_size):
+    """The kernel that torch chooses for causal attention in training, such as "FLASH_ATTENTION", or None.
+
+    dtype: a torch.dtype. head_size: numbers per head. None: unknown.
+    """
+    choose = getattr(torch, "_fused_sdp_choice", None)  # a private name
+    if choose is None or type_of(device) == "mps":
+        return None
+    q = torch.empty(1, 1, 128, head_size, device=device, dtype=dtype, requires_grad=True)
+    return torch.nn.attention.SDPBackend(choose(q, q, q, is_causal=True)).name
+
+
+def memory_of(device):
+    """The memory of an NVIDIA GPU, in bytes."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def peak_memory(device):
+    """The most memory that this process has used so far, in bytes: of its NVIDIA GPU, or of the machine."""
+    if type_of(device) == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def copy_to_cpu(tensors):

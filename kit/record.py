@@ -110,6 +110,14 @@ def save_source(log_dir):
     return digest
 
 
+def add_facts(log_dir, **facts):
+    """Add facts to the latest start in run.json."""
+    record = read_record(log_dir)
+    record["starts"][-1] |= facts
+    with atomic_write(Path(log_dir) / "run.json") as file:
+        json.dump({**record, **facts}, file, indent=1)
+
+
 def is_run(log_dir):
     """Whether a directory contains a run of this program: its run.json or a checkpoint."""
     if any(path for name in ("ckpt_*", "best") for path in Path(log_dir).glob(f"{name}/meta.json")):

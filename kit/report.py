@@ -8,7 +8,7 @@ import threading
 
 from tqdm import tqdm
 
-from kit.device import name_of, out_of_memory
+from kit.device import memory_of, name_of, out_of_memory, peak_memory, type_of
 from kit.files import UNUSABLE_PATH, UserError, count, first_line
 from kit.ranks import explain_lost_rank
 from kit.scores import with_error
@@ -35,6 +35,12 @@ class Report:
         mfu = "" if mfu is None or self.precision.name == "float32" else f"mfu {mfu:.1%} | "
         # eta is steady with a running mean over about ten steps. The first step is slow and does not count
         self.steps, self.loss = self.steps + 1, loss
+        if self.steps == 2:  # the first one had no optimizer state yet
+            memory, device = peak_memory(self.ranks.device), self.ranks.device
+            self.run.add_facts(peak_memory_bytes=memory)
+            if type_of(device) == "cuda":
+                self.ranks.say(f"peak memory: {memory / 1e9:.2f} GB of {device}'s "
+                               f"{memory_of(device) / 1e9:.0f} GB")
         keep = 0.9 if self.steps > 2 else 0.0
         self.mean_seconds = keep * self.mean_seconds + (1 - keep) * seconds
         eta = duration(self.mean_seconds * (self.args.max_steps - step - 1))

@@ -16,7 +16,8 @@ from kit.files import UserError, locked, sync
 from kit.ranks import restarted_by_torchrun, torchrun_id
 
 # what a run writes into its log directory and may replace
-FILES = ("log.txt", "run.json", "source_*.zip", "curves.png", "best", "ckpt_*", "tensorboard")
+FILES = ("log.txt", "run.json", "source_*.zip", "curves.png", "best", "ckpt_*", "tensorboard",
+         "profile.txt", "trace.json.gz")
 REFERENCE_STEPS = (250, 1000, 5000)  # the val loss is compared with reference runs after these steps
 
 
@@ -79,6 +80,11 @@ class Run(contextlib.ExitStack):
             record.append_log(self.log_dir, step, values)
             if self.tracker:
                 self.tracker.log(step, values)
+
+    def add_facts(self, **facts):
+        """Add facts to run.json."""
+        if self.ranks.is_first:
+            record.add_facts(self.log_dir, **facts)
 
     def report(self, step, val_loss=None):
         """Draw the curves, and say if the val loss of this step, if given, is off the track of its recipe."""

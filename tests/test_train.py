@@ -1,5 +1,6 @@
 """Training end to end: learning, exact resumes, any number of ranks, refused mistakes."""
 
+import gzip
 import json
 import math
 import os
@@ -440,3 +441,26 @@ def test_the_demo_from_nothing(tmp_path, capsys):
     assert text.startswith("Return the") and len(text) > 15
     lines = (tmp_path / "data" / "sources" / "python_docs.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in lines] == sources.python_docs()  # the same in the same order
+
+
+def test_a_profile_shows_where_the_time_goes_and_changes_nothing(shards, whole, tmp_path, capsys):
+    log = train(shards, tmp_path / "log", "--profile", 2)
+    assert log == whole.log
+    table = (tmp_path / "log" / "profile.txt").read_text()
+    assert "aten::mm " in table and "ProfilerStep" in table
+    with gzip.open(tmp_path / "log" / "trace.json.gz", "rt") as file:
+        steps = {event["name"] for event in json.load(file)["traceEvents"] if "ProfilerStep" in event["name"]}
+    assert steps == {"ProfilerStep#4", "ProfilerStep#5"}  # the first ones allocate memory
+    assert str(tmp_path / "log" / "profile.txt") in capsys.readouterr().out
+
+
+def test_a_profile_of_a_run_that_ends_before_it_is_partial(shards, tmp_path):
+    train(shards, tmp_path / "log", "--profile", 50, "--max_steps", 6)
+    assert "aten::mm" in (tmp_path / "log" / "profile.txt").read_text()
+
+
+def test_the_record_has_the_peak_memory_and_the_attention_kernel(whole):
+    record = json.loads((whole.log_dir / "run.json").read_text())
+    for facts in (record, record["starts"][-1]):
+        assert facts["attention"] in ("FLASH_ATTENTION", "MATH")
+        assert 5e7 < facts["peak_memory_bytes"] < 5e10
