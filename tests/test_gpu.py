@@ -15,9 +15,10 @@ DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def run(shards, log_dir, *flags):
+def run(shards, log_dir, *flags, launcher=()):
     """Run the script on the device, compiled and in its default precision; return its log and its output."""
-    process = run_script("train_gpt2.py", *flags_of(shards, log_dir, "--device", DEVICE, "--compile", *flags))
+    flags = flags_of(shards, log_dir, "--device", DEVICE, "--compile", *flags)
+    process = run_script(*launcher, "train_gpt2.py", *flags)
     return read_log(log_dir), process.stdout
 
 
@@ -99,3 +100,31 @@ def test_predictions_and_text_are_the_cpus(on_device, learned, texts, tmp_path):
     make.write_jsonl(tmp_path / "data.jsonl", examples)
     for command in (("hellaswag.py", "--data", tmp_path / "data.jsonl"), ("sample.py", "-p", "The")):
         run_script(*command, "-m", on_device[0], "-d", DEVICE)
+
+
+def test_two_ranks_share_a_gpu(on_device, shards, tmp_path, monkeypatch):
+    """DDP, the compiler and CUDA together; gradients travel over gloo."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    figures, words = run(shards, tmp_path / "log", "--micro_batch_size", 2, launcher=("torchrun", 2))
+    assert "some ranks share a GPU" in words
+    assert_close(figures, on_device[1], 1e-2)
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+
+
+@two_gpus
+def test_two_ranks_over_nccl(on_device, shards, tmp_path):
+    figures, words = run(shards, tmp_path / "log", "--micro_batch_size", 2, launcher=("torchrun", 2))
+    assert "2 ranks" in words and "some ranks share a GPU" not in words
+    assert_close(figures, on_device[1], 1e-2)
+
+
+@two_gpus
+@pytest.mark.parametrize("act, timeout", [("kill", 600), ("hang", 15)])
+def test_a_rank_lost_over_nccl_ends_the_other_with_the_reason(shards, tmp_path, act, timeout):
+    flags = flags_of(shards, tmp_path / "log", "--device", DEVICE, "--micro_batch_size", 2, "--timeout", timeout)
+    process = run_script("torchrun", 2, "train_gpt2.py", *flags, check=False,
+                         fault=f"if RANK == 1: at_step(6, {act})")
+    assert process.returncode == 1
+    assert "rank 0 lost contact" in process.stderr and "continue with --resume" in process.stderr
