@@ -27,7 +27,7 @@ from itertools import product
 from pathlib import Path
 
 from kit import recipe
-from kit.flags import Parser, from_command_line, integer, number
+from kit.flags import Parser, from_command_line, integer, integer_or_auto, number
 
 FIRST_SEED = 1337
 # fields of run.json that affect speed
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     add("-d", "--device", **as_there)
     add("--dtype", metavar="DTYPE", **as_there)
     add("--compile", action=argparse.BooleanOptionalAction, **as_there)
-    add("--micro_batch_size", type=integer(1), **as_there)
+    add("--micro_batch_size", type=integer_or_auto(1), **as_there)
     add("--val_every", type=integer(1), **as_there)
     recipe.add_flags(parser, default=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -13,7 +13,7 @@ import argparse
 import os
 
 from kit import recipe
-from kit.flags import MODEL, Parser, from_command_line, integer, number, parse_with_configs
+from kit.flags import MODEL, Parser, from_command_line, integer, integer_or_auto, number, parse_with_configs
 
 
 def parse_args(argv=None):
@@ -39,10 +39,13 @@ def parse_args(argv=None):
     add("--dtype", choices=("bfloat16", "float16", "float32"),
         help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32)")
     add("--compile", action=switch, help="torch.compile the model (default: yes, but not on mps)")
+    add("--compile_mode", choices=("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        help="torch.compile's mode: longer compilation, perhaps faster steps")
     add("--timeout", type=number(1, 1e8), default=600,
         help="seconds without an answer after which a rank counts as lost")
-    add("--micro_batch_size", type=integer(1), default=32,
-        help="sequences per forward pass and rank; affects memory, not the batches of the run")
+    add("--micro_batch_size", type=integer_or_auto(1), default=32, metavar="N",
+        help="sequences per forward pass and rank, or auto: the largest power of two that fits into memory; "
+             "does not affect the batches of the run")
     recipe.add_flags(parser)
     add = parser.add_argument_group("evaluation, samples and checkpoints").add_argument
     add("--val_every", type=interval, default=250, help="validation interval")
@@ -103,17 +106,16 @@ from checkpoint import Progress, Saver
 from kit import shards
 from kit.device import (
     Precision,
-    attention_backend,
     compile_model,
     compiles_by_default,
-    name_of,
+    fits_into_memory,
     out_of_memory,
     to_device,
     tune,
     type_of,
 )
 from kit.divergence import remedy, skip_or_stop, watch_loss
-from kit.files import UserError, count, first_line, run_script, unbreakable_output
+from kit.files import UserError, first_line, run_script, unbreakable_output
 from kit.profiling import Profile
 from kit.ranks import Ranks, StopRequested, StopSignal
 from kit.report import Report, explain_errors, waiting
@@ -236,7 +238,7 @@ def model_config(args):
 
 def grad_accum_steps(args, ranks):
     """Micro-batches per optimizer step and rank. Raises UserError if the batch can't be divided."""
-    B, T = args.micro_batch_size, args.sequence_length
+    B, T = 1 if args.micro_batch_size == "auto" else args.micro_batch_size, args.sequence_length
     tokens_per_pass = B * T * ranks.world_size
     steps, remainder = divmod(args.total_batch_size, tokens_per_pass)
     if remainder:
@@ -354,6 +356,9 @@ def open_model(args, config, data, identity, newest, run, ranks):
             raise UserError(f"a model of --block_size {args.block_size} --vocab_size {args.vocab_size} "
                             f"--n_layer {args.n_layer} --n_embd {args.n_embd} does not fit into this "
                             f"machine's memory ({first_line(error)})") from error
+    weights = meta.get("files", {}).get("model.safetensors", {}).get("digest")
+    ranks.check_same({"start step": meta.get("step", 0), "weights": weights, **data.identity,
+                      "HellaSwag examples": hellaswag.fingerprint(data.examples or [])})
     return model.to(ranks.device).train(), meta
 
 
@@ -369,6 +374,21 @@ def open_optimizer(args, raw_model, newest, meta, precision, ranks):
         if meta.get("scaler") and precision.scaler.is_enabled():
             precision.scaler.load_state_dict(meta["scaler"])
     return optimizer
+
+
+def with_micro_batch_size(args, data, raw_model, precision, ranks):
+    """The flags, with a number instead of --micro_batch_size auto: the largest power of two that fits."""
+    if args.micro_batch_size != "auto":
+        return args
+    B, windows = 1, args.total_batch_size // args.sequence_length // ranks.world_size
+    most = 4096 // args.sequence_length if type_of(ranks.device) == "cpu" else windows  # more gains nothing
+    while 2 * B <= most and windows % (2 * B) == 0:
+        batch = data.train.batch(0, 2 * B)
+        if ranks.max(not fits_into_memory(raw_model, batch, precision, ranks.device)):
+            break
+        B *= 2
+    data.train.B = data.val.B = B
+    return argparse.Namespace(**{**vars(args), "micro_batch_size": B})
 
 
 def wrap_model(args, raw_model, data, validation, precision, ranks):
@@ -390,7 +410,7 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
     if compiles_by_default(ranks.device) if args.compile is None else args.compile:
         try:
             with waiting("compiling: a minute or more; --no-compile skips it", ranks):
-                compiled = compile_model(raw_model, ranks.device)
+                compiled = compile_model(raw_model, ranks.device, args.compile_mode)
                 warm_up(compiled)
                 if args.val_every and len(validation.windows) >= args.micro_batch_size:  # another graph
                     validation.batch_loss(compiled, batch)
@@ -407,40 +427,6 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
     if ranks.distributed:
         warm_up(model)  # DDP regroups its gradient buckets after the first backward pass: kit/sharding.py
     return compiled, model
-
-
-def start_run(args, micro_steps, start_step, data, raw_model, compiled, precision, run, ranks):
-    """Record the start of the run and print what it is."""
-    is_compiled, device_name = compiled is not raw_model, name_of(ranks.device)
-    head_size = raw_model.config.n_embd // raw_model.config.n_head
-    attention = attention_backend(ranks.device, getattr(torch, precision.name), head_size)
-    shape = {name: getattr(raw_model.config, name) for name in recipe.SHAPE}  # --init_from changes it
-    run.start(start_step, {**vars(args), **shape}, parameters=raw_model.num_params(),
-              flops_per_token=raw_model.flops_per_token(args.sequence_length),
-              world_size=ranks.world_size, device=ranks.device, device_name=device_name, dtype=precision.name,
-              attention=attention, compiled=is_compiled, data_manifest=data.identity["data"],
-              data_source=shards.source_of(args.data_dir), tokenizer=data.identity["tokenizer"],
-              hellaswag_examples=data.examples and len(data.examples))
-    ranks.say(f"{raw_model.num_params():,} parameters, {precision.name} on {ranks.device} ({device_name}), "
-              + ("compiled" if is_compiled else "not compiled")
-              + (f", attention: {attention}" if type_of(ranks.device) == "cuda" else ""))
-    if args.eval_only:
-        return
-    tokens = data.train.num_windows * args.sequence_length
-    epochs = args.max_steps * args.total_batch_size / tokens
-    ranks.say(f"{args.total_batch_size:,} tokens per step = {count(args.micro_batch_size, 'sequence')} x "
-              f"{args.sequence_length} tokens x {count(ranks.world_size, 'rank')} x "
-              f"{count(micro_steps, 'micro-batch', 'es')}")
-    seen = f"{epochs:,.2f}" if epochs >= 0.01 else "less than 0.01"
-    ranks.say(f"{count(args.max_steps, 'step')}, {seen} epochs")
-    if not (args.val_every or args.save_every or args.keep_every):
-        ranks.say("warning: --save_every and --val_every are 0: this run will not save its model")
-    if args.min_lr > args.max_lr:
-        ranks.say(f"warning: --min_lr {args.min_lr:g} is above --max_lr {args.max_lr:g}: the learning rate "
-                  "will rise after the warm-up")
-    if epochs > 20:
-        ranks.say(f"warning: the training split has only {tokens:,} tokens, so each is seen "
-                  f"{epochs:,.0f} times; one epoch is --max_steps {math.ceil(args.max_steps / epochs)}")
 
 
 # -------------------------------------------------------------------------------- once in a while, or rarely
@@ -466,24 +452,22 @@ def train(args, at_exit):
     ranks.check_same({f"--{k}": v for k, v in vars(args).items() if k not in ("device", "log_dir")})
     tune(ranks.device, training=True)
     run = at_exit.enter_context(Run(args, ranks))
-    micro_steps = grad_accum_steps(args, ranks)
-    model_config(args)  # an impossible shape is refused before any data is made
+    grad_accum_steps(args, ranks), model_config(args)  # what can't be is refused before any data is made
     data = open_data(args, ranks)
     newest = checkpoint.find_for_resume(run.log_dir, ranks) if run.resuming else None
     args = with_vocab_size(args, data, newest)
     identity = recipe.identity_of(vars(args)) | data.identity
     raw_model, meta = open_model(args, model_config(args), data, identity, newest, run, ranks)
-    weights = meta.get("files", {}).get("model.safetensors", {}).get("digest")
-    ranks.check_same({"start step": meta.get("step", 0), "weights": weights, **data.identity,
-                      "HellaSwag examples": hellaswag.fingerprint(data.examples or [])})
     precision = Precision(ranks.device, args.dtype)
     optimizer = open_optimizer(args, raw_model, newest, meta, precision, ranks)
+    args = with_micro_batch_size(args, data, raw_model, precision, ranks)
+    micro_steps = grad_accum_steps(args, ranks)
     validation = Validation(data.val, data.val_windows, precision, ranks, args.val_every and data.tokenizer)
     compiled, model = wrap_model(args, raw_model, data, validation, precision, ranks)
     saver = Saver(args, identity, data.tokenizer_name, raw_model, precision, run, ranks)
     progress, start_step = Progress.of(meta), meta.get("step", 0)
-    start_run(args, micro_steps, start_step, data, raw_model, compiled, precision, run, ranks)
     report = Report(args, raw_model, precision, run, ranks)
+    report.start(start_step, micro_steps, data, is_compiled=compiled is not raw_model)
     rendered = data.examples and hellaswag.render(data.examples, data.tokenizer, raw_model.config.block_size)
     profile = at_exit.enter_context(Profile(args.profile, run.log_dir, ranks))
     data.train.position = start_step * args.total_batch_size // args.sequence_length

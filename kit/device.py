@@ -168,10 +168,10 @@ def compiles_by_default(device):
     return type_of(device) != "mps"
 
 
-def compile_model(model, device):
-    """torch.compile a GPT; compilation itself happens at the first call."""
+def compile_model(model, device, mode=None):
+    """torch.compile a GPT; compilation itself happens at the first call. mode: torch.compile's."""
     if type_of(device) != "cpu":
-        return torch.compile(model)
+        return torch.compile(model, mode=mode)
     # saves memory: recompute the outputs of LayerNorm and GELU in the backward pass instead of keeping them,
     # and keep the loss out of the graph, where Inductor would hold all slices of the logits at once
     with contextlib.suppress(ImportError):
@@ -180,6 +180,8 @@ def compile_model(model, device):
     # the same bits every time: threads would add up the gradients of one embedding row in any order
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    if mode is not None:
+        return torch.compile(model, mode=mode)
     try:
         return torch.compile(model, options=INDUCTOR_OPTIONS)
     except RuntimeError:  # a version without this option
@@ -190,6 +192,30 @@ def out_of_memory(error):
     """Whether an exception means that memory does not suffice. On a CPU torch says so in words only."""
     words = "can't allocate memory|not enough memory|out of memory"
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(words, str(error)))
+
+
+def fits_into_memory(model, batch, precision, device):
+    """Whether a training step of this batch (inputs, targets) fits into a GPU's memory, by trying it.
+
+    Uncompiled: compiled, it takes less. The space of AdamW's two moments is set aside, as they come later.
+    """
+    moments = x = y = loss = None
+    try:
+        moments = [torch.empty_like(p) for p in (*model.parameters(), *model.parameters())]
+        x, y = (to_device(tokens, device) for tokens in batch)
+        with precision.autocast:
+            _, loss = model(x, y)
+        loss.backward()
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    finally:
+        model.zero_grad()
+        del moments, x, y, loss
+        if type_of(device) == "cuda":
+            torch.cuda.empty_cache()
 
 
 class Precision:

@@ -27,6 +27,12 @@ def integer(least=-(2**63), most=2**63 - 1):
     return parse
 
 
+def integer_or_auto(least=1):
+    """An argparse type: "auto", or a whole number of at least `least`."""
+    parse = integer(least)
+    return lambda text: text if text == "auto" else parse(text)
+
+
 def number(least=-math.inf, most=1e100):
     """An argparse type: a number from `least` to `most`. Beyond 1e100, steps overflow."""
 

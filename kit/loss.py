@@ -67,7 +67,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dlogits.scatter_(-1, correct, (at_correct.exp() - 1).to(dtype))
                 if softcap:
                     dlogits *= slope
-                dx[rows] = (w.t() @ dlogits.t()).t()  # = dlogits @ w, which is slower on a CPU
+                dx[rows] = gradient_of_x(dlogits, w)
                 if dtype == dw.dtype:
                     dw.addmm_(dlogits.t(), x_slice)  # needs no second matrix of this size
                 elif dtype == torch.float16:
@@ -88,6 +88,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dw, counts = ctx.saved_tensors
         scale = mean_of_counted(grad / len(dx), counts, at_least=1)
         return dx.mul_(scale).to(ctx.x_dtype), dw.mul_(scale), None, None, None
+
+
+def gradient_of_x(dlogits, w):
+    """The gradient of x, (n, C), from that of logits = x @ w.T, (n, V), and w (V, C)."""
+    return (w.t() @ dlogits.t()).t()  # = dlogits @ w, which is slower on a CPU
 
 
 def scale_for_sum(x):

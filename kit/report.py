@@ -6,9 +6,11 @@ import shlex
 import sys
 import threading
 
+import torch
 from tqdm import tqdm
 
-from kit.device import memory_of, name_of, out_of_memory, peak_memory, type_of
+from kit import recipe, shards
+from kit.device import attention_backend, memory_of, name_of, out_of_memory, peak_memory, type_of
 from kit.files import UNUSABLE_PATH, UserError, count, first_line
 from kit.ranks import explain_lost_rank
 from kit.scores import with_error
@@ -25,6 +27,42 @@ class Report:
         self.run, self.ranks = run, ranks
         self.steps, self.mean_seconds, self.loss = 0, 0.0, math.nan
         self.line = on_terminal(ranks, bar_format="{desc}")
+
+    def start(self, step, micro_steps, data, is_compiled):
+        """Record the start of the run and print what it is. data: train_gpt2.Data."""
+        args, raw_model, run, ranks, precision = (self.args, self.raw_model, self.run, self.ranks,
+                                                  self.precision.name)
+        device_name = name_of(ranks.device)
+        head_size = raw_model.config.n_embd // raw_model.config.n_head
+        attention = attention_backend(ranks.device, getattr(torch, precision), head_size)
+        shape = {name: getattr(raw_model.config, name) for name in recipe.SHAPE}  # --init_from changes it
+        run.start(step, {**vars(args), **shape}, parameters=raw_model.num_params(),
+                  flops_per_token=raw_model.flops_per_token(args.sequence_length),
+                  world_size=ranks.world_size, device=ranks.device, device_name=device_name,
+                  dtype=precision, attention=attention, compiled=is_compiled,
+                  data_manifest=data.identity["data"],
+                  data_source=shards.source_of(args.data_dir), tokenizer=data.identity["tokenizer"],
+                  hellaswag_examples=data.examples and len(data.examples))
+        ranks.say(f"{raw_model.num_params():,} parameters, {precision} on {ranks.device} ({device_name}), "
+                  + ("compiled" if is_compiled else "not compiled")
+                  + (f", attention: {attention}" if type_of(ranks.device) == "cuda" else ""))
+        if args.eval_only:
+            return
+        tokens = data.train.num_windows * args.sequence_length
+        epochs = args.max_steps * args.total_batch_size / tokens
+        ranks.say(f"{args.total_batch_size:,} tokens per step = {count(args.micro_batch_size, 'sequence')} x "
+                  f"{args.sequence_length} tokens x {count(ranks.world_size, 'rank')} x "
+                  f"{count(micro_steps, 'micro-batch', 'es')}")
+        seen = f"{epochs:,.2f}" if epochs >= 0.01 else "less than 0.01"
+        ranks.say(f"{count(args.max_steps, 'step')}, {seen} epochs")
+        if not (args.val_every or args.save_every or args.keep_every):
+            ranks.say("warning: --save_every and --val_every are 0: this run will not save its model")
+        if args.min_lr > args.max_lr:
+            ranks.say(f"warning: --min_lr {args.min_lr:g} is above --max_lr {args.max_lr:g}: the learning "
+                      "rate will rise after the warm-up")
+        if epochs > 20:
+            ranks.say(f"warning: the training split has only {tokens:,} tokens, so each is seen "
+                      f"{epochs:,.0f} times; one epoch is --max_steps {math.ceil(args.max_steps / epochs)}")
 
     def step(self, step, loss, lr, norm, seconds):
         """Report an optimizer step. seconds: its duration."""

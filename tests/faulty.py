@@ -32,6 +32,7 @@ import fineweb_edu
 import train_gpt2
 from kit import files, formats, shards
 from kit.device import compile_model
+from kit.report import Report
 from model import GPT
 from train_gpt2 import DataLoaderLite
 
@@ -158,7 +159,7 @@ def while_compiling(act, after):
 def compiled_as_on_a_gpu():
     """torch.compile with a GPU's settings: the loss is part of the graph. A later recompilation fails."""
     patch(train_gpt2, "compile_model", lambda model, device, *rest: compile_model(model, "cuda", *rest))
-    before(train_gpt2, "start_run", lambda *_, **__: True,
+    before(Report, "start", lambda *_, **__: True,
            lambda: torch.compiler.set_stance("fail_on_recompile"))
 
 

@@ -33,8 +33,8 @@ import checkpoint
 import fineweb_edu
 import hellaswag
 import train_gpt2
-from kit import curves, reference, sources
-from kit.device import compile_model
+from kit import curves, device, reference, sources
+from kit.device import Precision, compile_model
 from kit.files import UserError
 from train_gpt2 import get_lr, main, parse_args
 
@@ -464,3 +464,50 @@ def test_the_record_has_the_peak_memory_and_the_attention_kernel(whole):
     for facts in (record, record["starts"][-1]):
         assert facts["attention"] in ("FLASH_ATTENTION", "MATH")
         assert 5e7 < facts["peak_memory_bytes"] < 5e10
+
+
+def test_auto_takes_the_largest_micro_batch_that_fits(shards, whole, tmp_path, monkeypatch, capsys):
+    """Here two sequences of the eight per step fit. The numbers stay those of micro-batches of four."""
+    tried = []
+
+    def fits(model, batch, precision, device):
+        tried.append(len(batch[0]))
+        return tried[-1] <= 2
+
+    monkeypatch.setattr(train_gpt2, "fits_into_memory", fits)
+    log = train(shards, tmp_path / "log", "--micro_batch_size", "auto")
+    assert tried == [2, 4]
+    assert "2 sequences x 32 tokens x 1 rank x 4 micro-batches" in capsys.readouterr().out
+    assert_close(log, whole.log)
+    assert json.loads((tmp_path / "log" / "run.json").read_text())["flags"]["micro_batch_size"] == 2
+
+
+@pytest.mark.parametrize("total, sequences", [(256, 8), (96, 1), (2**15, 128)])
+def test_auto_on_a_cpu_takes_at_most_4096_tokens(shards, tmp_path, capsys, total, sequences):
+    train(shards, tmp_path / "log", "--micro_batch_size", "auto", "--total_batch_size", total,
+          "--max_steps", 1, "--warmup_steps", 0, "--val_every", 0)
+    assert f"{sequences} sequence{'s' * (sequences > 1)} x 32 tokens" in capsys.readouterr().out
+
+
+def test_a_batch_that_does_not_fit_is_found_and_leaves_no_gradient(monkeypatch):
+    model = make.small_gpt().train()
+    batch = torch.randint(96, (2, 4, 32))
+    precision = Precision("cpu")
+    assert device.fits_into_memory(model, batch, precision, "cpu")
+    assert all(p.grad is None for p in model.parameters())
+
+    def fail(error):
+        def forward(*_):
+            raise error
+        monkeypatch.setattr(model, "forward", forward)
+        return device.fits_into_memory(model, batch, precision, "cpu")
+
+    assert fail(torch.OutOfMemoryError("CUDA out of memory")) is False
+    with pytest.raises(RuntimeError, match="another"):
+        fail(RuntimeError("another error"))
+
+
+@pytest.mark.parametrize("name", ["cuda", "cpu"])
+def test_the_compile_mode_is_torch_compiles(monkeypatch, name):
+    monkeypatch.setattr(torch, "compile", lambda model, **options: options)
+    assert compile_model(make.small_gpt(), name, "max-autotune") == {"mode": "max-autotune"}
