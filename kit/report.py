@@ -17,7 +17,7 @@ from kit.scores import with_error
 class Report:
     """Writes the numbers of a run to its log and prints them.
 
-    On a terminal one line shows the latest step; elsewhere every --log_every steps have a line.
+    On a terminal one line shows the latest step; elsewhere there is a line every --log_every steps.
     """
 
     def __init__(self, args, raw_model, precision, run, ranks):
@@ -33,7 +33,7 @@ class Report:
         mfu = self.raw_model.estimate_mfu(tokens_per_second / self.ranks.world_size,
                                           self.args.sequence_length, name_of(self.ranks.device))
         mfu = "" if mfu is None or self.precision.name == "float32" else f"mfu {mfu:.1%} | "
-        # eta is steady with a running mean over about ten steps. The first step is slow and does not count
+        # a running mean over about ten steps makes eta steady. The first step is slow and does not count
         self.steps, self.loss = self.steps + 1, loss
         keep = 0.9 if self.steps > 2 else 0.0
         self.mean_seconds = keep * self.mean_seconds + (1 - keep) * seconds
@@ -46,7 +46,7 @@ class Report:
                            f"{1000 * seconds:.0f} ms | tok/s {tokens_per_second:,.0f} | {mfu}eta {eta}")
 
     def val_loss(self, name, step, loss, bits):
-        """Report a validation loss, and its bits per byte if they are known. name: of the model."""
+        """Report a validation loss, and its bits per byte if they are known. name: what was evaluated."""
         self.run.log(step, val=loss)
         message = f"{name}: val loss {loss:.4f} nats per token"
         if bits is not None:
@@ -89,7 +89,7 @@ class Report:
 
 
 def on_terminal(ranks, **settings):
-    """A tqdm line that renews itself, if this is rank 0 on a terminal; else one that shows nothing."""
+    """A tqdm line that updates itself, if this is rank 0 on a terminal; else one that shows nothing."""
     # nrows: tqdm shows nothing on a terminal that does not know its height, as in some containers
     return tqdm(file=sys.stdout, leave=False, nrows=24, disable=None if ranks.is_first else True, **settings)
 
