@@ -55,7 +55,7 @@ LEGEND = '<p class="legend">Probability of each token: ' + " ".join(
     for level, name in enumerate(("under 1%", "1 to 10%", "10 to 50%", "50 to 90%", "over 90%"))
 ) + "<br>Before temperature, top-k and top-p. Point at a token, or tap it, to see its alternatives.</p>"
 
-# the alternatives to the token under the pointer or the focus: a list below it, inside the text's edges
+# lists the alternatives to the token that is pointed at or focused, below it and inside the text's edges
 JS = """
 const list = document.createElement("div");
 list.className = "list";
@@ -113,7 +113,7 @@ from sample import encode_prompt
 def token_html(tokenizer, token, text, probs):
     """A token as HTML, coloured by its probability. data-list holds the most likely ones, one per line.
 
-    text: the characters that it completes, empty for a part of one. probs: of all tokens, (V,).
+    text: the characters that it completes; empty if it ends within one. probs: of all tokens, (V,).
     """
     top = probs.topk(min(ALTERNATIVES, len(probs)))
     shown = dict(zip(top.indices.tolist(), top.values.tolist()))
@@ -165,7 +165,7 @@ def write(model, tokenizer, prompt, temperature, top_k, top_p, max_new_tokens, s
 
 
 def serve(model, tokenizer, name, facts, **settings):
-    """Build and serve the page of a model, headed by its name and facts; return it while it is served.
+    """Build and serve the page of a model, headed by its name and facts; return it without waiting.
 
     settings: of gradio's `launch`.
     """
@@ -198,7 +198,7 @@ def serve(model, tokenizer, name, facts, **settings):
                     gr.Slider(1, 512, 128, step=1, precision=0, label="New tokens"),
                     gr.Number(1337, precision=0, label="Seed", info="same seed, same text"),
                 ]
-        # a few visitors at once; others wait, because each one needs a KV cache
+        # a few visitors at once, because each needs a KV cache; others wait
         writing = gr.on([start.click, prompt.submit], respond, inputs, text, show_progress="hidden",
                         concurrency_limit=4, api_name="generate")
         stop.click(None, cancels=writing)

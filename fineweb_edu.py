@@ -1,10 +1,10 @@
 """Turn FineWeb-Edu, or other text, into shards of token ids (their format: kit/shards.py).
 
     python fineweb_edu.py                                                  # FineWeb-Edu's sample-10BT (hub)
-    python fineweb_edu.py --dataset openwebtext                            # by name, or any other of the hub
+    python fineweb_edu.py --dataset openwebtext                            # a short name, or any hub dataset
     python fineweb_edu.py --input my.txt more.jsonl.gz --data_dir data/my  # local text
     python fineweb_edu.py --input texts/ "more/*.json.zst"                 # directories, quoted patterns
-    python fineweb_edu.py --verify data/my                                 # check shards by their manifest
+    python fineweb_edu.py --verify data/my                                 # check shards and their manifest
 
 If a preparation is interrupted, the same command continues after the last complete shard and ends in the same
 bytes. FineWeb-Edu: https://arxiv.org/abs/2406.17557
@@ -16,7 +16,7 @@ from kit.flags import Parser, from_command_line, integer
 
 
 def parse_args(argv=None):
-    from kit import formats, sources  # here, because Ctrl-C is quiet from here on
+    from kit import formats, sources  # here, where Ctrl-C no longer prints a traceback
 
     parser = Parser(
         description="Tokenize FineWeb-Edu, another hub dataset or local files into uint16 shards.",
@@ -146,7 +146,7 @@ def start_worker():
 class Encoder:
     """A context that encodes batches in parallel: gigatoken in threads, or tiktoken in processes.
 
-    gigatoken releases Python's lock while it encodes; tiktoken, which builds Python lists, does not.
+    gigatoken releases the GIL while it encodes; tiktoken, which builds Python lists, does not.
     """
 
     def __init__(self, tokenizer, num_proc):
@@ -156,7 +156,7 @@ class Encoder:
 
     def begin_file(self, batch):
         """Check with a file's first batch whether gigatoken can encode the file."""
-        # in a thread of the pool, which keeps the tokenizer that is made for it
+        # in a thread of the pool, where the tokenizer made for this check is used again
         self.fast = self.fast and self.threads.submit(encodes_alike, batch, self.tokenizer).result()
         if not self.fast and not self.processes and self.num_proc > 1:
             spawn = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
@@ -171,7 +171,8 @@ class Encoder:
     def result(self, future):
         """Wait for the ids of a batch. Raises BrokenProcessPool if a worker was killed.
 
-        The pool itself notices that, unless the worker was sending a result: then it waits for the rest.
+        The pool itself notices that, unless the worker was sending a result: then it would wait for the rest
+        for ever.
         """
         while True:
             alive = set(multiprocessing.active_children())
@@ -188,7 +189,7 @@ class Encoder:
         if error is BrokenProcessPool:
             print("error: a worker was killed, probably because memory ran out; the same command, perhaps "
                   "with a smaller --num_proc, continues after the last shard", file=sys.stderr, flush=True)
-            # shutdown would wait, in early Python 3.11 for ever: github.com/python/cpython/issues/94777
+            # shutdown would wait; in early Python 3.11 for ever: github.com/python/cpython/issues/94777
             os._exit(1)
         for pool in filter(None, (self.threads, self.processes)):
             pool.shutdown(cancel_futures=error is not None)
@@ -198,11 +199,11 @@ class Encoder:
 
 
 def open_manifest(data_dir, request):
-    """The manifest to continue, a new one, or a complete one. Raises UserError for shards of something else.
+    """The manifest of data_dir, complete or to be continued, or a new one.
 
-    request: what the manifest must say.
+    request: the values that it must have. Raises UserError if data_dir contains other shards.
     """
-    # "next" counts batches, so they must be cut in the same places
+    # "next" counts batches, so a continued preparation must cut them in the same places
     batches_by = [formats.BATCH_CHARS, importlib.metadata.version("pyarrow")]
     manifest = shards.read_manifest(data_dir)
     if manifest is None:
@@ -213,7 +214,7 @@ def open_manifest(data_dir, request):
                 "batches": batches_by, "shards": []}
     if not manifest["complete"]:
         manifest = adapt(data_dir, manifest, request)
-    # a manifest has the last two only where they are set
+    # a manifest has the last two only if they are set
     different = [key for key in dict.fromkeys([*request, "split_on", "skip_null"])
                  if manifest.get(key) != request.get(key)]
     if different:
@@ -260,8 +261,8 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
     """Encode files (paths or hub addresses, in this order) into the shards of data_dir; return the manifest.
 
     source: a dict for the manifest that says where the files are from. column, split_on and skip_null: as for
-    `formats.Reader`. The beginnings of all local files are checked first. What an interrupted call finished
-    is kept. Raises UserError for unusable input, and if data_dir contains shards of something else.
+    `formats.Reader`. The beginnings of all local files are checked first. Shards that an interrupted call
+    finished are kept. Raises UserError for unusable input, and if data_dir contains shards of something else.
     """
     from tqdm import tqdm
 
@@ -305,7 +306,7 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
         print(f"{data_dir}: continuing after {manifest['shards'][-1]['file']}")
     done = sum(shard["tokens"] for shard in manifest["shards"])
     progress = tqdm(unit=" tokens", unit_scale=True, initial=done, desc=data_dir.name, disable=None)
-    in_flight = deque()  # (file, batch, future) in the order of the stream; bounded, and so is memory
+    in_flight = deque()  # (file, batch, future) in the order of the stream; kept short, to save memory
 
     def collect():
         file, batch, future = in_flight.popleft()
@@ -325,7 +326,7 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
                     while len(in_flight) > 2 * num_proc:
                         collect()
             except UserError as error:
-                while in_flight:  # what was read before it is kept
+                while in_flight:  # keep what was read before the error
                     collect()
                 raise explain_shards(error, files[file], len(manifest["shards"])) from error
         while in_flight:
@@ -336,7 +337,7 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
 
 
 def explain_shards(error, file, finished):
-    """The error of a file that can't be read, with what becomes of the finished shards, by their number."""
+    """The error of an unreadable file, with what happens to the shards. finished: how many there are."""
     if not finished:
         return error
     remedy = ("if the file is damaged, remove it, and the same command downloads it again and continues"

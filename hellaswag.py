@@ -2,13 +2,14 @@
 
     python hellaswag.py -m gpt2 -d cuda
     python hellaswag.py -m log --protocol both      # the newest checkpoint of a run
-    python hellaswag.py --compare log gpt2          # two models, a paired test, where they differ
+    python hellaswag.py --compare log gpt2          # two models: a paired test, and where they differ
 
 Two protocols are in use, and their results can't be compared with each other. Chance is 0.25 in both.
 
-`acc` takes the ending with the largest sum of log-likelihoods; `acc_norm` divides that sum by its length.
+`acc` takes the ending with the largest sum of log-likelihoods; `acc_norm` divides each sum by the ending's
+length.
 
-                the model reads          the length counts
+                the model reads          length in
     completion  ctx                      tokens
     harness     activity: ctx_a Ctx_b    characters
 
@@ -20,9 +21,9 @@ Two protocols are in use, and their results can't be compared with each other. C
 lm-evaluation-harness (0.4), zero-shot, which papers and leaderboards quote: the activity_label precedes the
 context, ctx_b is capitalized, and WikiHow's marks are removed.
 
-The official file has the context in two parts, ctx_a and ctx_b. If a file has only ctx, the harness protocol
-uses the text after the last sentence end as ctx_b if it begins in lower case, like "he" in "A man sits on a
-roof. he". This misses a ctx_a without a full stop and a ctx_b with a capital letter.
+The official file has the context in two parts, ctx_a and ctx_b. For a file with only ctx, the harness
+protocol takes the text after the last sentence as ctx_b if that begins in lower case, like "he" in "A man
+sits on a roof. he". This misses a ctx_a without a full stop, and a ctx_b that begins with a capital letter.
 """
 
 import json
@@ -112,7 +113,7 @@ def iterate_examples(path):
 
 
 def fingerprint(examples):
-    """A text that differs for other examples or another order."""
+    """A text that changes with the examples and with their order."""
     return f"{len(examples)}, checksum {zlib.crc32(repr(examples).encode(errors='replace')):08x}"
 
 
@@ -147,7 +148,7 @@ def strip_marks(text):
 
 
 def context_and_endings(example, protocol):
-    """The context of an example and its four endings as texts. A space joins them."""
+    """The context of an example and its four endings as texts, to be joined by a space."""
     if protocol == "completion":
         return example["ctx"], example["endings"]
     ctx_a, ctx_b = example.get("ctx_a"), example.get("ctx_b")
@@ -161,8 +162,9 @@ def context_and_endings(example, protocol):
 def render_example(example, tokenizer, protocol="completion"):
     """The token ids of an example: the context, and the four endings that follow it after a space.
 
-    The harness moves trailing spaces from the context to the endings, encodes both together and cuts.
-    Encoding them separately gives the same ids: GPT-2's BPE never joins a character and the space after it.
+    The harness moves trailing spaces from the context to the endings, encodes both together and splits the
+    ids. Encoding them separately gives the same ids, as GPT-2's BPE never joins a character and the space
+    after it.
     """
     context, endings = context_and_endings(example, protocol)
     space = " "
@@ -176,8 +178,8 @@ def render_example(example, tokenizer, protocol="completion"):
 class Row:
     """One row of a batch: a context, and endings that attend to it but not to each other.
 
-    So the model reads the context once for all endings. Each token has a segment (0 is the context, 1, 2, ...
-    are the endings) and a position, which restarts after the context for each ending.
+    Thus the model reads the context once for all endings. Each token has a segment (0 is the context; 1, 2,
+    ... are the endings) and a position, which restarts after the context for each ending.
     """
 
     def __init__(self, context, endings, places):
@@ -197,14 +199,14 @@ class Row:
 def rows_of(index, context, endings, block_size):
     """The rows that score an example, and how many of its endings had to be truncated.
 
-    A sequence longer than block_size + 1 keeps its last block_size + 1 tokens; the rest of the ending is
-    scored.
+    A sequence longer than block_size + 1 keeps its last block_size + 1 tokens; what is left of
+    the ending is scored.
     """
     places = [4 * index + i for i in range(len(endings))]
     cut = [len(context) + len(ending) > block_size + 1 for ending in endings]
     if not any(cut):
         return [Row(context, endings, places)], 0
-    rows = []  # each ending loses another part of the context, so they can't share it
+    rows = []  # each ending leaves a different part of the context, so they can't share it
     for ending, place in zip(endings, places):
         ids = (context + ending)[-(block_size + 1) :]
         split = max(1, len(ids) - len(ending))  # the first token is never predicted
@@ -223,7 +225,7 @@ def render(examples, tokenizer, block_size, protocol="completion"):
 
 
 def make_batches(rows, batch_tokens):
-    """Batches of rows of similar length, at most batch_tokens each with padding (but one row at least)."""
+    """Batches of rows of similar length: at most batch_tokens each, padding included, but at least a row."""
     batches, batch = [], []
     # the longest first, so that memory runs out at once or never
     for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
@@ -265,7 +267,7 @@ def evaluate(model, tokenizer, examples, batch_tokens=None, ranks=None, before_b
     loglikelihoods, and loglikelihoods_norm per token or character (lists of n lists of 4).
 
     protocol: one of PROTOCOLS. before_batch: called before each batch, equally often on every rank; it may
-    raise to stop. batch_tokens: the most tokens of a forward pass. rendered: the result of `render`, if the
+    raise to stop. batch_tokens: the most tokens in a forward pass. rendered: the result of `render`, if the
     same examples are scored more than once.
     """
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
@@ -282,7 +284,7 @@ def evaluate(model, tokenizer, examples, batch_tokens=None, ranks=None, before_b
         if first + rank < len(batches):
             batch = batches[first + rank]
             scored.append((batch, score_batch(model, batch, device)))
-    for batch, losses in scored:  # read back after the last batch: the GPU is waited for only once
+    for batch, losses in scored:  # read after the last batch, to wait for the GPU only once
         places = torch.tensor([place for row in batch for place in row.places])
         sums.index_add_(0, places, losses.cpu().double())
         counts.index_add_(0, places, torch.ones(len(places), dtype=torch.float64))
@@ -301,7 +303,10 @@ def evaluate(model, tokenizer, examples, batch_tokens=None, ranks=None, before_b
 
 
 def summary(results):
-    """What --json holds of one model: its result, or for two protocols, the results by their names."""
+    """What --json writes for a model: its result, without log-likelihoods.
+
+    For two protocols: the numbers of the first, and the results of both by their names.
+    """
     small = [{key: value for key, value in r.items() if "loglikelihoods" not in key} for r in results]
     if len(small) == 1:
         return small[0]
@@ -347,13 +352,13 @@ def main(args):
     if args.by:
         require_fields(examples, path, scores.GROUPS[args.by], f"--by {args.by}")
     names = args.compare or [args.model or newest_run(ranks.is_first)]
-    # both before any is scored: a B that can't be loaded is refused at once
+    # load both before scoring, so that a B that can't be loaded is refused at once
     models = [load_model_and_tokenizer(name, ranks.device) for name in names]
     if ranks.device == "cpu" and onednn_is_faster():
         for model, _ in models:
             pack(model)
 
-    results = []  # those of A, then those of B. The protocols' contexts differ: there is no work to share
+    results = []  # those of A, then those of B. The protocols share no work, because their contexts differ
     for name, (model, tokenizer) in zip(names, models):
         for protocol in protocols:
             result = evaluate(model, tokenizer, examples, ranks=ranks, progress=ranks.is_first,

@@ -1,8 +1,8 @@
 """GPT-2: the decoder-only transformer of "Language Models are Unsupervised Multitask Learners" (Radford et
 al., 2019). Parameters have the names of Hugging Face's GPT-2; kit/huggingface.py loads the published weights.
 
-Pre-norm blocks, tanh-GELU, learned positions, and one matrix that both embeds and predicts the tokens. Other
-parts, chosen by the fields of GPTConfig, are in kit/variants.py.
+Pre-norm blocks, tanh-GELU, learned positions, and one matrix that both embeds and predicts the tokens. The
+fields of GPTConfig can replace these parts by others, which are in kit/variants.py.
 Shapes in comments: B = batch, T = time (tokens), C = n_embd, nh = heads, hs = head size, V = vocab_size.
 """
 
@@ -39,19 +39,19 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in linear layers and LayerNorms, as in GPT-2
-    num_tokens: int | None = None  # ids of the tokenizer, the rest is padding; None: GPT-2's
-    gelu: str = "tanh"  # its approximation, as in GPT-2; "none": the exact GELU of nanoGPT and Cerebras-GPT
-    # what GPT-2 does not have (kit/variants.py):
+    num_tokens: int | None = None  # ids of the tokenizer (None: GPT-2's); further rows are padding
+    gelu: str = "tanh"  # approximation of GELU: GPT-2's, or "none" (exact), as in nanoGPT and Cerebras-GPT
+    # parts in kit/variants.py; the defaults are GPT-2's own:
     mlp: str = "gelu"  # or "swiglu", "relu2"
     norm: str = "layernorm"  # or "rmsnorm"
     position: str = "learned"  # or "rope": rotary
     qk_norm: bool = False  # normalize queries and keys
     tie_embeddings: bool = True  # one matrix embeds and predicts the tokens
-    logit_softcap: float = 0.0  # soft-cap the logits to within +-this, by tanh; 0: off
-    value_residual: bool = False  # each layer's attention also sees the first layer's values
+    logit_softcap: float = 0.0  # soft-cap the logits at +-this value, by tanh; 0: off
+    value_residual: bool = False  # mix the first layer's values into those of later layers
     embedding_norm: bool = False  # a norm after the embedding
-    x0_shortcut: bool = False  # each block also sees the embedded tokens
-    zero_init: bool = False  # blocks, and an untied head, output 0 at first (https://arxiv.org/abs/2203.03466)
+    x0_shortcut: bool = False  # mix the embedded tokens into the input of each block
+    zero_init: bool = False  # blocks and an untied head output 0 at first (https://arxiv.org/abs/2203.03466)
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "num_tokens"):
@@ -80,7 +80,7 @@ class KVCache:
     def append(self, layer, k, v):
         """Append a layer's keys and values (B, nh, T, hs); return all, (B, nh, length + T, hs) each."""
         if self.kv[layer] is None:
-            self.kv[layer] = k.new_empty(self.shape)  # under autocast, k has 16 bits
+            self.kv[layer] = k.new_empty(self.shape)  # in the dtype of k: 16 bits under autocast
         keys, values = self.kv[layer].narrow(3, 0, self.length + k.size(2))
         keys[:, :, self.length :], values[:, :, self.length :] = k, v
         return keys, values
@@ -112,7 +112,7 @@ class CausalSelfAttention(nn.Module):
                 "after the prompt, a KV cache takes one token at a time: there is no mask for several"
             )
             k, v = cache.append(self.layer, k, v)
-        # is_causal is the causal mask. A single token after a cache attends to all, so it needs no mask
+        # is_causal applies the causal mask. A single token after cached ones attends to all, without a mask
         is_causal = mask is None and (cache is None or cache.length == 0)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal,
@@ -127,7 +127,7 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        outputs, inputs = variants.mlp_widths(config)  # GPT-2: 4 C both
+        outputs, inputs = variants.mlp_widths(config)  # GPT-2: 4 C for both
         self.c_fc = nn.Linear(config.n_embd, outputs, bias=config.bias)
         self.activation = variants.activation(config)  # GPT-2: GELU, approximated by tanh
         self.c_proj = nn.Linear(inputs, config.n_embd, bias=config.bias)
@@ -163,7 +163,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.uncompiled_loss = None  # a mean_loss outside of torch.compile's graph, if any: kit/device.py
+        self.uncompiled_loss = None  # or a mean_loss outside torch.compile's graph: kit/device.py
         self.transformer = transformer = nn.ModuleDict()
         transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)  # of tokens
         if config.position == "learned":
@@ -231,7 +231,7 @@ class GPT(nn.Module):
     def loss_logits(self, x, weight=None):
         """`logits` of (N, C) in fp32, where the padding of the vocabulary gets no probability.
 
-        So the loss is that of an exported model, which has no padding.
+        Thus the loss equals that of an exported model, which has no padding.
         """
         logits = self.logits(x, weight).float()
         logits[:, self.config.num_tokens :] = -torch.inf
@@ -259,7 +259,7 @@ class GPT(nn.Module):
     def token_losses(self, x, targets):
         """Cross-entropy of each target (N,) given its features (N, C), in nats: (N,). No gradient.
 
-        Targets of -100 and -1 have 0.
+        It is 0 for targets of -100 and -1.
         """
         losses = torch.empty(len(x), device=x.device)
         counts, targets = split_ignored(targets)
@@ -284,9 +284,9 @@ class GPT(nn.Module):
 
         temperature 0 always takes the most likely token. top_k keeps the k most likely tokens; top_p keeps
         the most likely ones that together reach that probability (https://arxiv.org/abs/1904.09751).
-        generator: the torch.Generator to draw from. When the context is full, the model rereads its last half
-        and continues. with_logits: yield (ids, logits), the logits (B, num_tokens) before temperature, top_k
-        and top_p. Raises ValueError for invalid settings, and if the logits are not finite.
+        generator: the torch.Generator to draw from. When the context is full, the model rereads the last half
+        of it and continues. with_logits: yield (ids, logits), with logits (B, num_tokens) from before
+        temperature, top_k and top_p. Raises ValueError for invalid settings, or if logits are not finite.
         """
         check_sampling(idx, max_new_tokens, temperature, top_k, top_p)
         block_size = self.config.block_size
@@ -309,7 +309,7 @@ class GPT(nn.Module):
         return optim.make(self, weight_decay, learning_rate, device_type, optimizer, **settings)
 
     def num_params(self, non_embedding=False):
-        """Number of parameters, a tied matrix once. non_embedding leaves out positions, like nanoGPT."""
+        """Number of parameters; a tied matrix counts once. non_embedding: without positions, like nanoGPT."""
         return sum(p.numel() for name, p in self.named_parameters() if not (non_embedding and "wpe" in name))
 
     def flops_per_token(self, sequence_length):
@@ -358,9 +358,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state(cls, config, state):
-        """The model of `config` and a state dict, in eval mode. It takes over the tensors of `state`."""
+        """The model of `config` and a state dict, in eval mode. It uses the tensors of `state`, no copies."""
         layers = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
-        if layers != config.n_layer:  # an absurd number of layers must not be built first
+        if layers != config.n_layer:  # an absurd n_layer must fail before the model is built
             raise ValueError(f"n_layer is {config.n_layer}, but there are weights of {layers} layers")
         with torch.device("meta"):  # allocate and initialize nothing: the state dict has all tensors
             model = cls(config)
@@ -408,12 +408,12 @@ def next_token(logits, temperature, top_k, top_p, generator):
     if temperature < 1e-6:  # the division below would overflow
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids, top_p = (logits - largest) / temperature, None, top_p or 1
-    if top_k or top_p < 1:  # sort, and draw from these alone: a draw from all tokens takes longer
+    if top_k or top_p < 1:  # sort for top_p; with top_k, a draw from k tokens is also faster
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k)
     probs = logits.softmax(dim=-1)
     if top_p < 1:
         before = probs.cumsum(dim=-1) - probs  # the probability of all more likely tokens
-        # a smaller top_p could be 0 in float32, and would drop even the most likely token
+        # a tiny top_p could become 0 in float32 and would then drop even the most likely token
         probs = probs.masked_fill(before >= max(top_p, 1e-30), 0.0)
     choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
     return choice if ids is None else ids.gather(-1, choice)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kit.flags import MODEL, Parser, from_command_line, integer, number
 
-# the commands between two prompts: the setting that each changes, and its type
+# the commands of a session: the setting that each changes, and its type
 COMMANDS = {"temp": ("temperature", float), "top_k": ("top_k", int), "top_p": ("top_p", float),
             "tokens": ("max_new_tokens", int), "n": ("num_samples", int)}
 HELP = """/temp 0.7    temperature; 0 always takes the most likely token
@@ -29,7 +29,7 @@ HELP = """/temp 0.7    temperature; 0 always takes the most likely token
 /seed 1      the same prompts give the same texts again
 Ctrl-C stops a text; exit, quit or Ctrl-D leaves"""
 PROMPT = "Hello, I'm a language model,"
-PATIENCE = 1  # seconds without a prompt on standard input after which that is said
+PATIENCE = 1  # seconds to wait for standard input before a hint is printed
 
 
 def parse_args(argv=None):
@@ -104,11 +104,11 @@ def print_samples(model, tokenizer, prompt, num_samples, max_new_tokens, generat
 
 
 def read_prompt(prompt):
-    """The prompt, or the text of the file that @FILE names; without one, what is piped into the script.
+    """The prompt, or the text of the file that @FILE names; without a prompt, what is piped into the script.
 
     The newline with which editors and `echo` end a text is not part of it.
     """
-    hint = "waiting for a prompt on standard input, up to its end; -p TEXT gives it instead"
+    hint = "waiting for a prompt on standard input, until end of file; or use -p TEXT"
     timer = threading.Timer(PATIENCE, print, [hint], dict(file=sys.stderr, flush=True))
     try:
         if prompt is None:
@@ -126,7 +126,7 @@ def read_prompt(prompt):
 def typed_prompts(name, settings, generator):
     """Yield the prompts that the user types, until exit, quit or Ctrl-D. /commands change the settings.
 
-    name: of the model, which the session shows first.
+    name: the model's, printed first.
     """
     with contextlib.suppress(ImportError):  # missing on Windows
         importlib.import_module("readline")  # gives input() arrow keys and a history
@@ -168,7 +168,7 @@ def change(settings, generator, name, value):
 
 
 def check_settings(num_samples, **settings):
-    """Raise ValueError for settings that can't be sampled with."""
+    """Raise ValueError for invalid settings."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, not {num_samples}")
     check_sampling(torch.zeros(1, 1), **settings)

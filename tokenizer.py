@@ -12,7 +12,7 @@ from kit.flags import Parser, from_command_line, integer
 
 
 def parse_args(argv=None):
-    from kit import formats  # here, because Ctrl-C is quiet from here on
+    from kit import formats  # here, where Ctrl-C no longer prints a traceback
 
     parser = Parser(description="Learn a byte-level BPE from your own text.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -20,7 +20,7 @@ def parse_args(argv=None):
         "train", help="learn a tokenizer from files",
         usage="python tokenizer.py train --input FILE ... --out FILE [--flag value ...]")
     command.add_argument("--input", nargs="+", metavar="FILE", default=[], help=formats.INPUT)
-    command.add_argument("files", nargs="*", help=argparse.SUPPRESS)  # how the input was named before
+    command.add_argument("files", nargs="*", help=argparse.SUPPRESS)  # the older form of --input
     command.add_argument("--vocab_size", type=integer(257, 65536), default=4096,
                          help="number of ids, including <|endoftext|>")
     formats.add_flags(command)
@@ -48,14 +48,14 @@ from kit import formats, sources
 from kit.files import UserError, atomic_write, check_output, run_script
 from kit.formats import END_OF_TEXT
 
-# A text is cut before the last character of a run of white space this long. GPT-2's words end there anyway,
-# but the regular expressions of tiktoken panic at a run of a million characters
+# A run of white space this long is cut before its last character. GPT-2's words end there anyway, but
+# tiktoken's regular expressions panic at a run of a million characters
 LONGEST_RUN = 100_000
 SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # \s in tiktoken's pattern
 LONG_RUN = re.compile(f"(?<!{SPACE}){SPACE}{{{LONGEST_RUN},}}")
-LONGEST_WORD = 10_000  # bytes; a tokenizer is trained on the pieces of longer ones
-RENEW_AFTER = 1000  # calls after which a thread gets a new gigatoken: 4 GB of fineweb_edu.py's text
-per_thread = threading.local()  # by tokenizer: the thread's gigatoken, and how often it was used
+LONGEST_WORD = 10_000  # bytes; training cuts longer words into pieces
+RENEW_AFTER = 1000  # calls after which a thread gets a new gigatoken tokenizer: 4 GB in fineweb_edu.py
+per_thread = threading.local()  # {tokenizer: (its gigatoken tokenizer in this thread, number of calls)}
 # a text that both libraries must encode alike: spaces, digits, contractions, two forms of é, many scripts
 PROBE = (" The  year 1984: it's We'LL don't\n\n\t  x = 3.14;\r\n café cafe\u0301 ﬁ ½\u00a0\u2003русский "
          "中文 عربي हिन्दी 한국어 🙂\u200d   ")
@@ -103,7 +103,7 @@ def read_json(path):
 def read_directory(path):
     """The tokenizer files of a Hugging Face directory, as the content of one tokenizer.json: a dict.
 
-    Raises ValueError if there is no tokenizer that could be read.
+    Raises ValueError if there is none that can be read.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -118,7 +118,7 @@ def read_directory(path):
     for option in ("add_prefix_space", "add_bos_token", "add_eos_token"):
         if settings.get(option):
             raise ValueError(f"its tokenizer_config.json sets {option}")
-    # tokens with a role, such as pad_token: special ones, as texts or with their properties
+    # tokens with a role, such as pad_token, are special; they are given as texts or with their properties
     roles = {}
     for role, value in (*settings.items(), *read_json(path / "special_tokens_map.json").items()):
         if role.endswith(("_token", "_special_tokens")):
@@ -160,7 +160,7 @@ def build_encoding(name, spec):
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     joined = ["".join(pair) for pair in pairs]
     made = {*byte_symbols(), *joined}
-    for token in spec["added_tokens"]:  # here, no text becomes one, and the spaces beside it stay
+    for token in spec["added_tokens"]:  # here, plain text never becomes one, and spaces beside it stay
         odd = next((flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)), None)
         if odd or not token.get("special", True):
             raise ValueError(f"its added token {token['content']!r} " + (
@@ -222,18 +222,21 @@ def without_tokens(encoding, tokens):
 
 
 def ordinary_tokens(encoding):
-    """The tokens of an Encoding that text is made of, all but the special ones: {id: bytes}."""
+    """The tokens of an Encoding without the special ones: {id: bytes}."""
     special = set(special_tokens(encoding).values())
     return {i: encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab) if i not in special}
 
 
 def padding_token(encoding):
-    """The special token that fills the shorter rows of a batch: <|endoftext|>, unless one is named for it."""
+    """The special token to pad batches with: the one with "pad" in its name, or <|endoftext|>."""
     return next((token for token in special_tokens(encoding) if "pad" in token.lower()), END_OF_TEXT)
 
 
 def encode_text(text, encoding, special=False):
-    """The ids of a text, also where tiktoken would panic. special: <|endoftext|> means the special token."""
+    """The ids of a text, also where tiktoken would panic.
+
+    special: <|endoftext|> and other special tokens in the text are encoded as such, not as plain text.
+    """
     ids = []
     for piece in cut_long_runs(text, tuple(encoding.special_tokens_set) if special else ()):
         ids += encoding.encode(piece, allowed_special="all") if special else encoding.encode_ordinary(piece)
@@ -241,9 +244,9 @@ def encode_text(text, encoding, special=False):
 
 
 def cut_long_runs(text, special=()):
-    """Cut a text before the last character of each long run of white space, where GPT-2 always ends a word.
+    """Cut a text before the last character of each long run of white space, where GPT-2 ends a word.
 
-    It does not if the text ends with the run, or one of the special tokens follows.
+    A run before the end of the text or one of the special tokens is a single word, and stays whole.
     """
     start = 0
     for run in LONG_RUN.finditer(text) if len(text) > LONGEST_RUN else ():
@@ -302,7 +305,7 @@ def to_bytes(token):
 def train(texts, vocab_size, path):
     """Learn a GPT-2-style byte-level BPE from an iterable of str and write it to `path` as a tokenizer.json.
 
-    Returns the number of ids: less than vocab_size if the text has too few different pairs of tokens. Raises
+    Returns the number of ids: less than vocab_size if the text has too few distinct pairs of tokens. Raises
     UserError if vocab_size is not between 257 (256 bytes and <|endoftext|>) and 65536 (uint16).
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -311,7 +314,7 @@ def train(texts, vocab_size, path):
         raise UserError(f"--vocab_size must be between 257 and 65536, not {vocab_size}")
     bpe = Tokenizer(models.BPE())
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # the trainer's time grows with the square of a word: a run of a million blanks would take hours
+    # the trainer's time grows with the square of a word's length: a run of a million blanks would take hours
     bpe.pre_tokenizer = pre_tokenizers.Sequence([splitter, pre_tokenizers.FixedLength(LONGEST_WORD)])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

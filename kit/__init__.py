@@ -1,1 +1,1 @@
-"""Modules that nobody runs. They import kit, model and tokenizer, and no other script."""
+"""Modules that are only imported. Of the root they import tokenizer.py alone."""

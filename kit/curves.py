@@ -1,7 +1,7 @@
 """Pictures of runs, from log.txt and run.json alone: loss, HellaSwag, learning rate, gradient norm, speed.
 
-Colours mean runs. Results published for OpenAI's models are drawn as dashed lines if run.json shows that they
-apply to every run in the panel.
+Each run has its own colour. Results published for OpenAI's models are drawn as dashed lines if run.json shows
+that they apply to every run in the panel.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ PANELS = {
     "tok/s": ("Throughput", "tokens per second", "{:,.0f}"),
 }
 NOISY = ("train", "norm", "tok/s")  # drawn pale, under a running mean
-FROM_ZERO = ("lr", "norm", "tok/s")  # the others change too little for it
+FROM_ZERO = ("lr", "norm", "tok/s")  # y axes from 0; other streams change too little for that
 
 # the published models by (n_layer, n_embd): name, size, and the size of the nearest GPT-3
 SIZES = {(12, 768): ("gpt2", "124M", "125M"), (24, 1024): ("gpt2-medium", "350M", "350M"),
@@ -85,9 +85,9 @@ def running_mean(values):
 
 
 def thinned(steps, values, log_x):
-    """The ends of a curve, and the lowest and highest point of each 500th: it looks the same.
+    """The ends of a curve, and the lowest and highest point of each 500th of it: it looks the same.
 
-    On a logarithmic axis it would not, and keeps all points.
+    On a logarithmic axis it would not, so all points are kept.
     """
     size = len(values) // 500
     if size < 3 or log_x:
@@ -103,7 +103,7 @@ def draw_panel(axes, stream, runs, log_x):
     """Draw the panel of a stream. runs: dicts of `read_run` with a color."""
     title, unit, form = PANELS[stream]
     several = len(runs) > 1
-    labels, seen, starts = [], [], []  # what is written, the values that must be visible, each run's first
+    labels, seen, starts = [], [], []  # texts, values that must be visible, each curve's first point
     for name, value in lines_in(stream, runs).items():
         axes.axhline(value, color=GREY, linewidth=1, linestyle=(0, (5, 3)), label=name)
         labels.append((axes.get_xlim()[1], value, f"{name} {value:g}", GREY))
@@ -114,7 +114,7 @@ def draw_panel(axes, stream, runs, log_x):
             if name not in curves:
                 continue
             steps, values = curves[name]
-            # without a logarithmic axis the beginning may leave the panel: it would flatten the rest
+            # on a linear axis the beginning may leave the panel, because it would flatten the rest
             first = 0 if log_x or name in ("lr", "hella") else np.searchsorted(steps, steps[-1] / 20)
             starts.append((steps[0], values[0]))
             if name in NOISY:
@@ -161,7 +161,7 @@ def place_labels(axes, labels):
     line, box = LINE * inch, axes.bbox
     for column in columns:
         column.sort(key=lambda label: label[1])
-        groups = []  # labels that touch: the height of the lowest if all stand around their mean, how many
+        groups = []  # labels that touch: (height of the lowest if they are centred on their mean, number)
         for i, (_, y, _, _) in enumerate(column):
             groups.append((y - i * line, 1))
             while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
@@ -177,7 +177,7 @@ def place_labels(axes, labels):
 
 
 def draw_legend(axes, stream, runs):
-    """Say in the loss panel what its kinds of line mean."""
+    """Explain the kinds of lines in the loss panel."""
     from matplotlib.lines import Line2D
 
     names = {name for name in drawn_in(stream) for run in runs if name in run["curves"]}
@@ -192,7 +192,7 @@ def draw_legend(axes, stream, runs):
 
 
 def scale_steps(axes, last_step, log_x):
-    """Make the x axis of a panel, from step 0 to the last."""
+    """Set up the x axis of a panel, from step 0 to the last."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")
@@ -210,7 +210,7 @@ def add_tokens_axis(axes, tokens_per_step):
     top = axes.twiny()
     if axes.get_xscale() == "symlog":
         top.set_xscale("symlog", linthresh=tokens_per_step, linscale=LINSCALE)
-        powers = [10**n for n in range(16) if 10**n >= tokens_per_step]  # less would crowd around 0
+        powers = [10**n for n in range(16) if 10**n >= tokens_per_step]  # smaller ones would crowd around 0
         top.set_xticks([0, *powers])
     low, high = axes.get_xlim()
     top.set_xlabel("tokens", loc="right")
@@ -299,7 +299,7 @@ def panels_of(runs):
 
 
 def picture(log_dirs, log_x=False):
-    """The matplotlib Figure of runs. log_x: steps on a logarithmic axis, on which step 0 has a place too.
+    """The matplotlib Figure of runs. log_x: steps on a logarithmic axis, which has room for step 0 too.
 
     Raises UserError for too many runs, a log without numbers to draw, or losses that can't be compared.
     """
@@ -326,7 +326,7 @@ def picture(log_dirs, log_x=False):
         in_row = 3
     rows = [(small[i : i + in_row], in_row, 2.2, 0.35) for i in range(0, len(small), in_row)]
     if len(small) < len(streams):
-        rows.insert(0, (streams[:1], 1, 3.9, 0.7))  # above it the title, and the axis of tokens
+        rows.insert(0, (streams[:1], 1, 3.9, 0.7))  # space above: the title, and the axis of tokens
     bottom = 0.15 + 0.2 * -(-len(runs) // name_columns)  # the names are at the top
     width, height = 9, bottom + sum(row_height for _, _, row_height, _ in rows)
     figure = Figure((width, height), dpi=DPI, facecolor="white")
@@ -360,7 +360,7 @@ def draw(log_dirs, out, log_x=False):
 
 
 def save(out, make_figure, *args):
-    """Write the Figure make_figure(*args), in this file's style, into `out`: PNG or SVG by its suffix.
+    """Write the Figure make_figure(*args), drawn in STYLE, into `out`: PNG or SVG by its suffix.
 
     The file is complete or not written at all, and has reproducible bytes. Raises UserError if matplotlib is
     not installed.

@@ -13,7 +13,7 @@ RISE = 1.0  # nats above its minimum at which the smoothed loss has diverged
 
 
 def remedy(precision):
-    """What helps if a loss, gradient or weight is not finite, as a sentence. precision: that of the run."""
+    """What helps if a loss, gradient or weight is not finite, as a sentence. precision: the run's."""
     dtype = "" if precision.name == "float32" else " or --dtype float32"
     return f"Use --resume with --skip_bad_steps{dtype}, or start again with a lower --max_lr"
 
@@ -21,7 +21,7 @@ def remedy(precision):
 def watch_loss(progress, loss, args, num_tokens, ranks):
     """Update the smoothed training loss of a run, and say once if it has diverged.
 
-    progress: a checkpoint.Progress. num_tokens: ids of the tokenizer; a uniform guess has a loss of ln of it.
+    progress: a checkpoint.Progress. num_tokens: of the tokenizer; a uniform guess has loss ln num_tokens.
     Raises UserError for a diverged run if --stop_on_divergence is set.
     """
     if progress.smoothed is None:
@@ -45,8 +45,8 @@ def watch_loss(progress, loss, args, num_tokens, ranks):
 def skip_or_stop(progress, loss, norm, args, loader, raw_model, precision, run, ranks):
     """Skip a step whose loss or gradient is not finite; end the run once --skip_bad_steps are used up.
 
-    loader: the DataLoaderLite of the step's batch. Raises UserError if the step fails again when it is
-    repeated, else exits with status 1.
+    loader: the DataLoaderLite of the step's batch. To end it, raises UserError if the step fails again
+    when it is repeated, else exits with status 1.
     """
     progress.skipped += 1
     found = ranks.gather(find_bad_window(progress.step, args, loader, raw_model, precision, ranks))

@@ -1,4 +1,4 @@
-"""Files and the edges of a script: atomic writes, downloads, locks, and one-line error messages."""
+"""Atomic writes, downloads, locks, and the one-line error messages of scripts."""
 
 import contextlib
 import errno
@@ -25,9 +25,9 @@ UNUSABLE_PATH = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.
                  errno.ENAMETOOLONG)
 
 
-NUMBER = re.compile(r"\[(Errno|WinError) -?\d+\] ")  # with which Python begins the text of an OSError
+NUMBER = re.compile(r"\[(Errno|WinError) -?\d+\] ")  # the beginning of an OSError's text
 
-# errors of a call that a file system (SMB, exFAT, NFS, FUSE, ...) does not offer
+# errors of a call that a file system (SMB, exFAT, NFS, FUSE, ...) does not support
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY,
                errno.ENODEV)
 
@@ -35,7 +35,7 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 def run_script(main, args):
     """Call main(args) and turn expected failures into one line on stderr and an exit status.
 
-    Status 2: a mistake of the user's (UserError, or a path that can't be used). Status 1: the system failed,
+    Status 2: a user error (UserError, or a path that can't be used). Status 1: the system failed,
     for example on a full disk. Status 130: Ctrl-C. Of several ranks, the line names the one that failed.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
@@ -53,7 +53,7 @@ def run_script(main, args):
     except (UserError, OSError) as error:
         rank = os.environ.get("RANK", "")
         if rank not in ("", "0"):
-            time.sleep(3)  # all ranks find most mistakes: rank 0 prints, then torchrun ends the others
+            time.sleep(3)  # most mistakes hit all ranks: rank 0 prints, then torchrun ends the others
         message = " ".join(str(error).splitlines())  # a path may hold line breaks
         if rank and os.environ.get("WORLD_SIZE", "") not in ("", "1"):  # each machine may have its own files
             message += f" (rank {rank} on {socket.gethostname()})"
@@ -91,7 +91,7 @@ class Unbreakable:
 
 @contextlib.contextmanager
 def unbreakable_output():
-    """Output that fails (a closed terminal, `| tee` after Ctrl-C, a full disk) does not end the body."""
+    """A context in which failing output (closed terminal, `| tee` after Ctrl-C, full disk) is no error."""
     with contextlib.redirect_stdout(Unbreakable(sys.stdout)), \
             contextlib.redirect_stderr(Unbreakable(sys.stderr)):
         yield
@@ -181,7 +181,7 @@ def drop_cached_pages(file):
     """
     file.flush()
     if hasattr(os, "posix_fadvise"):  # Linux starts writing, and drops the pages that are already written
-        with contextlib.suppress(OSError):  # not every file system takes advice
+        with contextlib.suppress(OSError):  # not every file system supports it
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -201,7 +201,7 @@ def fetch(url, path, check, remedy):
             retried(read_url, url, file)
             check(file.name)
     except (OSError, UserError) as error:  # an HTTP error status is an OSError too
-        reason = error.reason if type(error).__name__ == "URLError" else error  # which it wraps
+        reason = error.reason if type(error).__name__ == "URLError" else error  # URLError wraps it
         raise UserError(f"{url} can't be fetched ({reason}); copy the file to {path}, or {remedy}") from error
     return path
 
@@ -224,8 +224,8 @@ def locked(directory, wait=False):
     """Create a directory and lock it against other writers for the duration of the body.
 
     The kernel holds the lock, so it ends with the process. wait: until another process unlocks the directory.
-    A directory that is still empty afterwards is removed if it is new. Raises UserError if the directory is
-    locked already, unless it waits, or can't be written.
+    A directory that is still empty afterwards is removed if it is new. Raises UserError if the directory
+    can't be written, or is locked already and wait is False.
     """
     from filelock import FileLock, Timeout
 
@@ -266,7 +266,7 @@ def sync(path):
         finally:
             os.close(descriptor)
     except OSError as error:
-        # EBADF: it wants a file open for writing; EACCES: it opens no directory
+        # EBADF: some file systems want a file open for writing; EACCES: some open no directory
         if error.errno not in (*UNSUPPORTED, errno.EBADF, errno.EACCES):
             raise
         warn_once(f"the file system of {mount_point(path)} does not support fsync: after a power failure the "

@@ -34,7 +34,7 @@ def integer_or_auto(least=1):
 
 
 def number(least=-math.inf, most=1e100):
-    """An argparse type: a number from `least` to `most`. Beyond 1e100, steps overflow."""
+    """An argparse type: a number from `least` to `most`. Beyond 1e100, an optimizer step overflows."""
 
     def parse(text):
         try:
@@ -51,7 +51,7 @@ def number(least=-math.inf, most=1e100):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where it says something: not None, not False, and not where the help names it."""
+    """Shows a default unless it is None, empty or False, or the help names it."""
 
     def _get_help_string(self, action):
         if action.default is True:
@@ -68,7 +68,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 MODEL = ("a run's log directory (its newest checkpoint), one checkpoint, gpt2, gpt2-medium, gpt2-large, "
          "gpt2-xl, another GPT-2 of the Hugging Face hub, a Hugging Face directory, or a .pt file of nanoGPT "
          "or build-nanogpt")
-# names that other programs use, and that are too far from ours to be found by likeness
+# flags of other programs: the flags here with the same meaning, whose names difflib would not find
 ELSEWHERE = {
     "batch_size": ("micro_batch_size", "total_batch_size"), "learning_rate": ("max_lr",), "lr": ("max_lr",),
     "block_size": ("sequence_length",), "max_iters": ("max_steps",), "epochs": ("max_steps",),
@@ -79,7 +79,7 @@ ELSEWHERE = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that takes hyphens for underscores and suggests what an unknown flag may mean.
+    """An argparse parser that accepts hyphens for underscores and suggests what an unknown flag may mean.
 
     aliases: other names of flags, {"--old_name": "--name"}. They work, but --help does not show them.
     """
@@ -129,7 +129,7 @@ def from_command_line(parse_args):
 
 
 def parse_with_configs(parser, argv=None):
-    """Parse flags and @config files, in which # begins a comment. What is typed wins over a config.
+    """Parse flags and @config files, in which # begins a comment. Flags override configs.
 
     Exits with status 2 on errors.
     """

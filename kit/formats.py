@@ -1,4 +1,4 @@
-"""Texts and rows out of files: every format that is read, in batches that fit into memory."""
+"""Read texts and rows from files of all supported formats, in batches that fit into memory."""
 
 import contextlib
 import csv
@@ -17,8 +17,8 @@ COMPRESSIONS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # and their fi
 OTHERS = {"bzip2": b"BZh", "xz": b"\xfd7zXZ", "a zip": b"PK\3\4", "parquet": b"PAR1", "a PDF": b"%PDF"}
 FORMATS = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)} appended, and .parquet"
 INPUT = f"files ({FORMATS}), directories of them, quoted patterns, or - for standard input"  # --input's help
-END_OF_TEXT = "<|endoftext|>"  # precedes each document in the shards; the only special token
-BATCH_CHARS = 2**22  # text read and encoded at a time: small enough to stay in warm memory
+END_OF_TEXT = "<|endoftext|>"  # precedes each document in the shards; GPT-2's only special token
+BATCH_CHARS = 2**22  # read and encoded at a time; few, so that memory is reused instead of mapped anew
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -32,7 +32,7 @@ def format_of(path):
 
 
 def check_format(path):
-    """Raise UserError unless a file's name ends as that of a format that is read."""
+    """Raise UserError unless a file's name has the suffix of a supported format."""
     if format_of(path)[0] is None:
         raise UserError(f"{path}: unsupported format; supported: {FORMATS}")
 
@@ -103,7 +103,7 @@ class Reader:
             yield from documents(part)
 
     def batches(self, path):
-        """The texts of a file in batches of about BATCH_CHARS; Arrow arrays stay free of Python strings."""
+        """The texts of a file in batches of about BATCH_CHARS; Arrow arrays are yielded as they are."""
         texts, size = [], 0
         for part in self.parts(path):
             if not isinstance(part, list):
@@ -119,7 +119,7 @@ class Reader:
 
     def is_empty(self, path):
         """Whether a file has no text. Reads its beginning, and raises UserError if that can't be used."""
-        probe = Reader(self.column, self.split_on, self.skip_null)  # counts for itself
+        probe = Reader(self.column, self.split_on, self.skip_null)  # with counts of its own
         with contextlib.closing(probe.parts(path)) as parts:
             return next(parts, None) is None
 
@@ -175,7 +175,7 @@ class Reader:
         rest, starts_document, after_boundary = "", True, False
         for block in itertools.chain(blocks, [None]):  # None: the end
             rest += block or ""
-            if after_boundary and starts_document:  # line breaks behind it may come with the next block
+            if after_boundary and starts_document:  # line breaks after it may come with the next block
                 rest = rest.lstrip("\r\n")
             *ended, rest = boundary.split(rest)
             for text in ended:
@@ -295,8 +295,8 @@ def explain_read_errors(path):
 def open_text(path, newline=None):
     """Open a file as UTF-8 text. It may be compressed, also without a suffix that says so.
 
-    A byte order mark at its start is dropped. Raises EOFError for a compressed file of 0 bytes, such as a
-    download leaves that failed.
+    A byte order mark at its start is dropped. Raises EOFError for a compressed file of 0 bytes, which a
+    failed download may leave.
     """
     _, compression = format_of(path)
     if compression and not os.path.getsize(path):  # gzip itself takes it for an empty text
@@ -360,7 +360,7 @@ def read_csv(path, column=None):
     """
     csv.field_size_limit(2**31 - 1)  # of this process; the default is 131,072 characters
     with open_text(path, newline="") as file:
-        rows = csv.reader(file, strict=True)  # otherwise a missing quote takes in the rest of the file
+        rows = csv.reader(file, strict=True)  # otherwise a missing quote swallows the rest of the file
         try:
             header = next(filter(None, rows), [])
             check_unique(column, header, path)
@@ -376,7 +376,7 @@ def read_csv(path, column=None):
 
 
 def check_unique(column, names, path):
-    """Raise UserError if the column to read has a name that another one has too."""
+    """Raise UserError if several columns have the name of the one to read."""
     if names.count(column) > 1:
         raise UserError(f"{path}: {names.count(column)} columns are named {column!r}: rename all but one")
 
@@ -404,7 +404,7 @@ def count_marks(part):
     start, end = np.frombuffer(offsets, np.int64)[[part.offset, part.offset + len(part)]]
     if start == end:
         return 0
-    # nearly no text contains "<|", whose search takes a tenth of the time of a count
+    # almost no text contains "<|", and a search for it takes a tenth of the time of a count
     content = np.frombuffer(content, np.uint8)[start:end]
     bars = np.flatnonzero(content == ord("|"))
     if not (content[bars - 1] == ord("<")).any():

@@ -1,7 +1,7 @@
-"""GPT-2 in Hugging Face's format: from the hub or a directory, exported, with a model card, uploaded.
+"""GPT-2 in Hugging Face's format: load from the hub or a directory, export, upload.
 
 AutoModelForCausalLM, AutoTokenizer, pipeline("text-generation") and lm-evaluation-harness load an exported
-directory without a network, and so does every -m here, except for a Llama or Qwen3 (kit/llama.py).
+directory without a network. Every -m here does too, unless the export is a Llama or Qwen3 (kit/llama.py).
 Importing this file does not import transformers.
 """
 
@@ -64,7 +64,10 @@ GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 
 
 def locate(source):
-    """The local directory of the model that `source` names: a directory, or a name on the hub. UserError."""
+    """The local directory of the model that `source` names, a directory or a name on the hub.
+
+    Raises UserError.
+    """
     return Path(source) if Path(source).is_dir() else download(source)
 
 
@@ -160,7 +163,7 @@ def read_gpt2(source):
 def write(model, directory, end_of_text=None, padding=None):
     """Write a GPT as a directory for `AutoModelForCausalLM.from_pretrained`, its vocabulary without padding.
 
-    end_of_text, padding: ids of the tokenizer; by default both are the last one, as in GPT-2's. Raises
+    end_of_text, padding: ids of the tokenizer; by default both are the last one, as in GPT-2. Raises
     UserError if transformers has no class that computes what the model does.
     """
     check_exportable(model.config)
@@ -201,7 +204,7 @@ def write_gpt2(model, directory, end_of_text, padding):
     for name in ("transformer.wte.weight", "lm_head.weight"):
         state[name] = state[name][: c.num_tokens]
     theirs.load_state_dict(state)
-    # generate() would take <|endoftext|> too, with a warning
+    # without it, generate() would use <|endoftext|>, with a warning
     theirs.generation_config.pad_token_id = padding
     theirs.save_pretrained(directory)
 
@@ -247,7 +250,10 @@ def write_directory(directory, model, encoding, card):
 
 
 def upload(directory, repository):
-    """Upload an exported directory to a repository of the hub; return the commit's address. UserError."""
+    """Upload an exported directory to a repository of the hub; return the commit's address.
+
+    Raises UserError.
+    """
     from huggingface_hub import HfApi
 
     try:

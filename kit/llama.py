@@ -4,7 +4,7 @@ import re
 
 import torch
 
-# the parts of a block, and the layers that the two classes keep in their place: stacked ones are cut
+# the layers of a block, and what they are called in the two classes, which split the stacked ones
 BLOCK = {
     "ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm",),
     "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -17,7 +17,7 @@ EXPRESSED = ("norm", "mlp", "position", "qk_norm", "tie_embeddings")
 
 
 def fits(config):
-    """Whether one of the two classes computes what a GPT with this GPTConfig does, given its other parts."""
+    """Whether one of the two classes has the norm, MLP, positions and biases of this GPTConfig."""
     llama = (config.norm, config.mlp, config.position) == ("rmsnorm", "swiglu", "rope")
     return llama and not (config.qk_norm and config.bias)  # Qwen3's MLP has no biases
 

@@ -11,18 +11,18 @@ LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28, "mps": 2**26}
 def split_ignored(targets):
     """Which targets (N,) count, as bools (N,), and the targets with 0 in the place of those that don't, (N,).
 
-    -100 and -1 don't count: they are F.cross_entropy's default ignore_index and nanoGPT's. Any other number
-    that is no id is an error of the gather.
+    -100 and -1 don't count: they are F.cross_entropy's default ignore_index and nanoGPT's. Any other
+    number that is no id is an error, which `gather` raises.
     """
     ignored = (targets == -100) | (targets == -1)
     return ~ignored, targets.masked_fill(ignored, 0)
 
 
 def mean_of_counted(mean, counts, at_least=0):
-    """The mean over the targets that count, from the mean over all of them, in which the others are 0.
+    """The mean over the targets that count, from the mean over all targets, to which the others add 0.
 
-    at_least: divide by no less than this; the mean over no target is nan. If all targets count, the result is
-    `mean` itself, not multiplied and divided by N, which could round.
+    at_least: the smallest divisor; if it is 0, the mean over no target is nan. If all targets count, the
+    result is `mean` itself, not multiplied and divided by N, which could round.
     """
     count = counts.sum()
     return mean.where(count == len(counts), mean * len(counts) / count.clamp(min=at_least))
@@ -32,12 +32,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of head(x, weight), with only `LOGITS_AT_ONCE` of the logits in memory at a time.
 
     The loss is the last thing computed, so its gradient with respect to x and weight does not depend on
-    anything later: each slice of logits is turned into gradients at once and dropped. Nothing is computed
-    twice. The backward pass scales the gradients in place, so it can run once only, and has no derivative.
+    later layers: each slice of logits is turned into gradients at once and dropped. Nothing is computed
+    twice. The backward pass scales the gradients in place, so it can run only once, and has no derivative.
     Targets of -100 and -1 do not count (`split_ignored`); if none counts, the loss is nan and its gradient 0.
 
-    head: x @ weight.T in their dtype, cast to fp32; columns may be -inf. softcap: the cap by which head bends
-    its logits (`variants.softcap`), or 0. The gradients below are those of such a function.
+    head: computes x @ weight.T in their dtype, cast to fp32; columns may be -inf. softcap: the cap that head
+    applies to its logits (`variants.softcap`), or 0. The gradients below are correct only for such a head.
     """
 
     @staticmethod
@@ -61,8 +61,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 at_correct = log_probs.gather(-1, correct)  # (n, 1)
                 loss -= at_correct.where(keep[rows], 0).sum()
                 # d loss / d logits = softmax - one_hot, for the sum of the losses: dividing by N here would
-                # underflow in fp16. Overwriting the correct column, not subtracting from it, lets a compiled
-                # 16-bit version keep no logits in fp32
+                # underflow in fp16. Overwriting the correct column instead of subtracting from it saves a
+                # compiled 16-bit version from storing logits in fp32
                 dlogits = log_probs.exp_().to(dtype)
                 dlogits.scatter_(-1, correct, (at_correct.exp() - 1).to(dtype))
                 if softcap:
@@ -105,7 +105,7 @@ def scale_for_sum(x):
 
 
 def row_slices(x, vocab_size):
-    """Slices of the rows of x (N, C) whose logits are at most LOGITS_AT_ONCE (but 16 rows at least).
+    """Slices of the rows of x (N, C) whose logits are at most LOGITS_AT_ONCE (but at least 16 rows).
 
     As few slices as possible, because each one reads all weights of the head, and of equal size, in steps of
     16 rows: transposed, as for dx, the rows of the logits then start at multiples of 16 bytes, which a GPU

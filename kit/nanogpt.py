@@ -1,7 +1,7 @@
-"""Checkpoints of nanoGPT (ckpt.pt) and build-nanogpt (model_19072.pt): the weights, and nothing but them.
+"""Checkpoints of nanoGPT (ckpt.pt) and build-nanogpt (model_19072.pt): their weights, and nothing else.
 
 Both are pickles. torch's weights_only loader builds only tensors and plain values out of them, and runs no
-code that they name. Optimizer states stay unread.
+code that they name. Optimizer states are not read.
 """
 
 import math
@@ -49,7 +49,7 @@ def read_gpt2(path):
         loss = math.nan if loss is None else float(loss)
     except Exception as error:  # torch raises many types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        if "weights_only" in str(error):  # torch's own message recommends to run the pickle
+        if "weights_only" in str(error):  # torch's own message recommends running the pickle
             reason = ("it holds Python objects, which are not loaded; in the program that wrote it, save "
                       '{"model": state_dict, "config": vars(config)}')
         raise UserError(f"{path} is not a checkpoint of this program, of nanoGPT or of build-nanogpt "

@@ -1,4 +1,4 @@
-"""The optimizers: AdamW for everything, or Muon for the matrices of the blocks. Their state in files.
+"""The optimizers: AdamW for everything, or Muon for the matrices of the blocks; their state in files.
 
 `Together` makes several torch optimizers act as one. A checkpoint names each state tensor by its parameter's
 index, counted across all of them.
@@ -59,11 +59,11 @@ class Together:
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose update of each matrix is replaced by the nearest semi-orthogonal one.
 
-    Of Keller Jordan (https://kellerjordan.github.io/posts/muon). Updates have a root mean square of
+    By Keller Jordan (https://kellerjordan.github.io/posts/muon). Updates have a root mean square of
     lr * scale, similar to AdamW's, so both take the same learning rate (https://arxiv.org/abs/2502.16982).
 
     matrices: {weight: number of equal matrices stacked along its rows}, for example 3 for queries, keys and
-    values, each of which is orthogonalized by itself. share: as in `make`.
+    values, each of which is orthogonalized separately. share: as in `make`.
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum, scale, share=None):
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group, = self.param_groups
-        batches = defaultdict(list)  # for each shape: (part of a weight, its update), wider than high
+        batches = defaultdict(list)  # for each shape: (part of a weight, its update), no higher than wide
         for weight, count in self.matrices.items():
             if "momentum" not in self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
@@ -99,9 +99,9 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(x, steps=5):
     """An approximation of U V^T, where U S V^T is the SVD, of each matrix of x (N, rows, columns).
 
-    rows <= columns. Newton-Schulz steps y <- (a + b g + c g^2) y, where g = y y^T, with coefficients of
-    Keller Jordan that bring all singular values near 1 quickly, but not exactly. In bf16 on GPUs, where it is
-    precise enough and faster.
+    rows <= columns. Newton-Schulz steps y <- (a + b g + c g^2) y, where g = y y^T, with Keller
+    Jordan's coefficients, which bring all singular values near 1 quickly, but not exactly to 1. In bf16 on
+    GPUs, where it is precise enough and faster.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     y = x.bfloat16() if x.is_cuda else x

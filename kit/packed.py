@@ -1,9 +1,9 @@
 """Faster CPU versions of a GPT's layers, for sampling and evaluation.
 
 Sampling one token at a time spends its time reading weights. torch's matmul of a few rows with a large matrix
-leaves up to half of the memory bandwidth unused; oneDNN's, with a matrix that it has packed, does not, and
-int8 weights are a quarter of the bytes. Between two matmuls each line of Python is slow, because the caches
-are full of weights: so modules become plain functions, without nn.Module's attribute lookups and hooks.
+leaves up to half of the memory bandwidth unused; oneDNN's, with a packed matrix, does not. int8 weights are a
+quarter of the bytes. Between two matmuls each line of Python is slow, because the caches are full of weights,
+so modules become plain functions, without nn.Module's attribute lookups and hooks.
 
 Some functions used here are private to torch. If a version lacks one, a slower public one takes its place.
 """
@@ -60,13 +60,14 @@ def fp32_linear(linear):
     usable = torch.backends.mkldnn.is_available() and cpu_has("avx2")  # Arm has other kernels
     if reorder is None or not usable:
         return partial(F.linear, weight=weight, bias=bias)
-    packed = reorder(weight.detach(), 8)  # packed for 8 rows: for one row it would be half as fast
+    # packed for 8 rows, which suits any number of rows. Packed for 1, it would be half as fast
+    packed = reorder(weight.detach(), 8)
     return lambda x: linear_pointwise(x, packed, bias, "none", (), "")
 
 
 @torch.no_grad()
 def pack(model, int8=False):
-    """Replace the layers of a GPT on the CPU by the fastest functions there. int8: with 8-bit weights.
+    """Replace the layers of a GPT on the CPU by faster functions. int8: with 8-bit weights.
 
     Results differ by rounding. Afterwards the model can't be trained, saved or packed again.
     """

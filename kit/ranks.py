@@ -21,7 +21,7 @@ from kit.files import UserError, first_line
 # torchrun sets these
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LONGEST_WAIT = datetime.timedelta(days=7)  # for another rank's downloads, checks and saves
-# in errors of gloo and NCCL when a rank has died or hangs
+# found in the errors of gloo and NCCL when a rank has died or hangs
 LOST_RANK = re.compile("by peer|[Tt]imed out|Broken pipe|ncclRemoteError|ncclSystemError|"
                        "NCCL communicator was aborted|atchdog caught collective operation timeout")
 GRACE = 20  # seconds after SIGTERM to wait for a GPU that a lost rank blocks; torchrun kills after 30
@@ -31,14 +31,14 @@ class Ranks:
     """This process among the ranks that torchrun started; without torchrun, the only one.
 
     device: where this rank computes. group: the process group of gradients, the loss and Muon's updates, over
-    NCCL on GPUs. All else travels between CPUs over gloo, so no GPU has to be waited for.
+    NCCL on GPUs. All else travels between CPUs over gloo, so it need not wait for a GPU.
     """
 
     def __init__(self, device=None, timeout=600.0):
         """Join the process group. timeout: seconds after which a rank that does not answer counts as lost.
 
-        `barrier` does not count them, because rank 0 may be busy with files. Raises UserError if the device
-        is not available, and for an incomplete environment.
+        `barrier` waits longer, because rank 0 may be busy with files. Raises UserError if the device is not
+        available, or if the environment is incomplete.
         """
         self.device = pick_device(device)
         self.rank, self.world_size = integer_variable("RANK", 0), integer_variable("WORLD_SIZE", 1)
@@ -100,7 +100,7 @@ class Ranks:
     def say(self, *messages):
         """Print each message on a line, on rank 0."""
         if self.is_first and messages:
-            with tqdm.external_write_mode():  # takes a line that renews itself off the terminal meanwhile
+            with tqdm.external_write_mode():  # clears tqdm's line meanwhile
                 print(*messages, sep="\n", flush=True)
 
     def max(self, value):
@@ -141,7 +141,7 @@ class Ranks:
         return tensor
 
     def share(self, function, items):
-        """function(items), for a tensor (N, ...) of independent items: computed in parts by the ranks."""
+        """function(items) for a tensor (N, ...) of independent items; each rank computes a part."""
         if not self.distributed:
             return function(items)
         each = math.ceil(len(items) / self.world_size)
@@ -232,7 +232,7 @@ class StopSignal:
 
     def __exit__(self, *_):
         for number, handler in self.old_handlers.items():
-            # schedulers may repeat a signal until the process is gone: all is saved, so let it exit in order
+            # schedulers may repeat a signal until the process is gone: all is saved, so let it exit normally
             if self.number and number != signal.SIGINT:
                 self.after_stop.add(number)
                 handler = signal.SIG_IGN

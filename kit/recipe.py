@@ -83,7 +83,7 @@ IDENTITY = tuple(setting.name for setting in SETTINGS)
 CHANGEABLE = tuple(setting.name for setting in SETTINGS if setting.changeable)
 SHAPE = tuple(setting.name for setting in SETTINGS
               if setting.section in ("model", "model variants"))  # dropout is no part of it
-# what GPT-2's recipe does not have, and the value that says so, which a record without it has
+# what GPT-2's recipe lacks. The default means off, and also holds for records without the setting
 MODEL_VARIANTS = tuple(setting.name for setting in SETTINGS if setting.section == "model variants")
 VARIANTS = {setting.name: setting.default for setting in SETTINGS if setting.section.endswith("variants")}
 RECIPE = ("init_from", *(setting.name for setting in SETTINGS if setting.recipe))
@@ -91,12 +91,12 @@ TRAINING = tuple(setting.name for setting in SETTINGS if setting.section in ("ba
 
 
 def identity_of(flags):
-    """The identity of a run, from its flags (a dict). A flag that did not exist yet has its default."""
+    """The identity of a run, from its flags (a dict). A flag that is missing has its default."""
     return {setting.name: flags.get(setting.name, setting.default) for setting in SETTINGS}
 
 
 def add_flags(parser, **defaults):
-    """Add the flags of the table to a parser, a group for each section. default: instead of their own."""
+    """Add the flags of the table to a parser, a group for each section. defaults: override the table."""
     for section in dict.fromkeys(setting.section for setting in SETTINGS):
         group = parser.add_argument_group(section)
         for setting in (setting for setting in SETTINGS if setting.section == section):

@@ -94,7 +94,7 @@ def source():
     """This program's own files: (their digest, {name: bytes})."""
     root = Path(__file__).parent.parent
     paths = sorted(path for pattern in ("*.py", "kit/*.py", "configs/*.txt") for path in root.glob(pattern)
-                   if not path.name.startswith("."))  # an editor's
+                   if not path.name.startswith("."))  # an editor's temporary file
     files = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
     return hashlib.sha256(repr(files).encode()).hexdigest()[:8], files
 

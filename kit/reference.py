@@ -1,8 +1,8 @@
 """Reference runs of a known recipe: a new run of the same recipe learns early whether its loss is normal.
 
 A reference is the log directory of such a run, stored under results/reference: its log.txt, of which the val
-curve is used, and its run.json, which may be partial: a field that is missing is not compared. Compared are
-the flags in kit.recipe.RECIPE, "data_source" and "tokenizer".
+curve is used, and its run.json, which may be partial: a field that is missing is not compared. The flags in
+kit.recipe.RECIPE, "data_source" and "tokenizer" are compared.
 """
 
 import math
@@ -56,7 +56,7 @@ def check(step, loss, log_dir, references=REFERENCES):
     if not losses:
         return None
     lowest, highest = min(losses.values()), max(losses.values())
-    if not (loss < (1 - BAND) * lowest or loss > (1 + BAND) * highest):  # also for NaN, which stops training
+    if not (loss < (1 - BAND) * lowest or loss > (1 + BAND) * highest):  # NaN too: it stops training anyway
         return None
     side, nearest, causes = ("above", highest, ABOVE) if loss > highest else ("below", lowest, BELOW)
     names = ", ".join(f"{name} {known:.4f}" for name, known in losses.items())

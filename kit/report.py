@@ -19,7 +19,7 @@ from kit.scores import with_error
 class Report:
     """Writes the numbers of a run to its log and prints them.
 
-    On a terminal one line shows the latest step; elsewhere every --log_every steps have a line.
+    On a terminal one line shows the latest step; elsewhere there is a line every --log_every steps.
     """
 
     def __init__(self, args, raw_model, precision, run, ranks):
@@ -71,7 +71,7 @@ class Report:
         mfu = self.raw_model.estimate_mfu(tokens_per_second / self.ranks.world_size,
                                           self.args.sequence_length, name_of(self.ranks.device))
         mfu = "" if mfu is None or self.precision.name == "float32" else f"mfu {mfu:.1%} | "
-        # eta is steady with a running mean over about ten steps. The first step is slow and does not count
+        # a running mean over about ten steps makes eta steady. The first step is slow and does not count
         self.steps, self.loss = self.steps + 1, loss
         if self.steps == 2:  # the first one had no optimizer state yet
             memory, device = peak_memory(self.ranks.device), self.ranks.device
@@ -90,7 +90,7 @@ class Report:
                            f"{1000 * seconds:.0f} ms | tok/s {tokens_per_second:,.0f} | {mfu}eta {eta}")
 
     def val_loss(self, name, step, loss, bits):
-        """Report a validation loss, and its bits per byte if they are known. name: of the model."""
+        """Report a validation loss, and its bits per byte if they are known. name: what was evaluated."""
         self.run.log(step, val=loss)
         message = f"{name}: val loss {loss:.4f} nats per token"
         if bits is not None:
@@ -133,7 +133,7 @@ class Report:
 
 
 def on_terminal(ranks, **settings):
-    """A tqdm line that renews itself, if this is rank 0 on a terminal; else one that shows nothing."""
+    """A tqdm line that updates itself, if this is rank 0 on a terminal; else one that shows nothing."""
     # nrows: tqdm shows nothing on a terminal that does not know its height, as in some containers
     return tqdm(file=sys.stdout, leave=False, nrows=24, disable=None if ranks.is_first else True, **settings)
 

@@ -47,9 +47,10 @@ def accuracies_by(examples, result, by):
 
 
 def mcnemar(only_a, only_b):
-    """Two-sided p of the exact McNemar test, from the counts of examples that only A and only B got right.
+    """Two-sided p-value of the exact McNemar test.
 
-    It is the probability that this many fair coin tosses come out at least as unevenly.
+    only_a, only_b: the numbers of examples that only A and only B got right. The result is the probability
+    that as many fair coin tosses come out at least as unevenly.
     """
     n = only_a + only_b
     binomial = tail = 1  # n choose 0, and the sum of n choose 0 to n choose k
@@ -83,7 +84,7 @@ def differing(comparison):
 def with_error(result, metric):
     """A metric of a result with its standard error, to two digits of the latter: 0.251 ± 0.043.
 
-    Without ± if all examples have the same outcome: then nothing is known of the error.
+    Without ± if all examples have the same outcome: then the error is unknown.
     """
     error = result[f"{metric}_stderr"]
     if not error:
@@ -97,7 +98,7 @@ def titles(results):
 
 
 def print_table(rows):
-    """Rows of as many strings each, the first column left-aligned, the others right-aligned."""
+    """Print rows of equally many strings: the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *cells in rows:
         print("  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))

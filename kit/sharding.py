@@ -15,6 +15,6 @@ def distribute(model, ranks):
 
 
 def sync_gradients(model, on):
-    """Whether the next backward pass averages gradients over the ranks. Call it before the forward pass."""
+    """Set whether the next backward pass averages gradients over the ranks. Call before the forward pass."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = on

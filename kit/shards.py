@@ -125,7 +125,7 @@ class ShardWriter:
         self.added = []  # (file, batch, number of ids) of their contents, while they may have to be cut again
 
     def add(self, file, batch, ids):
-        """Add the ids of a batch of a file, both by their numbers in the source."""
+        """Add the ids of a batch. file: its number in the source. batch: its number in the file."""
         if self.manifest["val_tokens"] is None:
             self.added.append((file, batch, len(ids)))
         offset = self.start[2] if (file, batch) == self.start[:2] else 0
@@ -181,7 +181,7 @@ class ShardWriter:
         self.manifest["complete"] = True
         del self.manifest["next"], self.manifest["batches"]
         for shard in self.manifest["shards"]:
-            shard.pop("next", None)  # what an older version began has none
+            shard.pop("next", None)  # if an older version began the shards, they have none
         write_manifest(self.data_dir, self.manifest)
 
     def cut_again(self):
@@ -225,7 +225,10 @@ def has(entry, kinds):
 
 
 def read_manifest(data_dir):
-    """The manifest of a directory as a dict, or None if it has none, as build-nanogpt's. Raises UserError."""
+    """The manifest of a directory as a dict; None if there is none, as for build-nanogpt's shards.
+
+    Raises UserError.
+    """
     path = Path(data_dir) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -335,7 +338,7 @@ def find_shards(data_dir):
 
 
 def listed_shards(manifest):
-    """The entries of a manifest, or of none, by the keys of their shards: the prefix may have changed."""
+    """The entries of a manifest, if any, by shard key: file names may have another prefix by now."""
     return {shard_key(shard["file"]): shard for shard in manifest["shards"]} if manifest else {}
 
 
@@ -376,7 +379,10 @@ def open_shards(data_dir, split):
 
 
 def open_shard(path, expected=None):
-    """The ids of a shard, memory-mapped if possible. expected: its entry in the manifest. UserError."""
+    """The ids of a shard, memory-mapped if possible. Raises UserError.
+
+    expected: its entry in the manifest.
+    """
     import numpy as np
 
     size = path.stat().st_size
@@ -477,7 +483,10 @@ def verify_changed(data_dir):
 
 
 def verify(data_dir):
-    """Check digests and ids of all shards against the manifest; return the number of tokens. UserError."""
+    """Check digests and ids of all shards against the manifest; return the number of tokens.
+
+    Raises UserError.
+    """
     manifest = read_manifest(data_dir)
     if manifest is None:
         raise UserError(f"{data_dir} has no {MANIFEST} to verify it against")

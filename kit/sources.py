@@ -34,7 +34,7 @@ def find_files(entries, data_dir=None):
     """The files that a user names, in order.
 
     entries: files, directories, patterns such as "data/*.jsonl", or - for standard input. A directory stands
-    for its files of all known formats, at any depth, sorted; a link from one to another of them is left out.
+    for its files of all known formats, at any depth, sorted; links from one of them to another are left out.
     data_dir: the output directory, in which no input may be found. Raises UserError for what is missing, and
     for a file that two entries name.
     """
@@ -109,7 +109,7 @@ def once_each(entry, paths):
 
 
 def name_of(entry):
-    """A name for what an entry of `find_files` becomes: my for x/my.jsonl.gz, texts for "texts/*.txt"."""
+    """A name for the data of an entry of `find_files`: my for x/my.jsonl.gz, texts for "texts/*.txt"."""
     if entry == "-":
         return "stdin"
     path = Path(os.path.abspath(entry))
@@ -121,7 +121,7 @@ def name_of(entry):
 def store_stdin(path, keep=False):
     """Copy standard input to a file, since an interrupted preparation needs the same text again.
 
-    keep: what an existing file must contain. Raises UserError if it contains other text.
+    keep: the file exists; raise UserError unless it has the same text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "wb") as file:
@@ -151,7 +151,7 @@ def hub_files(dataset, name, revision=None):
 
     try:
         if not Path(dataset).exists():
-            with contextlib.suppress(HfHubHTTPError):  # an answer: the hub is there
+            with contextlib.suppress(HfHubHTTPError):  # an error status is an answer: the hub can be reached
                 find_on_hub(dataset, revision)
         builder = retried(load_dataset_builder, dataset, name, revision=revision)
         data_files = builder.config.data_files or {}
@@ -187,7 +187,7 @@ def fetch_text(name, data_dir):
 def local_file(address, remedy="the same command continues from here"):
     """The local path of a file. A file of the hub is downloaded into the hub's cache, or found there.
 
-    Raises UserError with the remedy if the download fails.
+    Raises UserError that names the remedy if the download fails.
     """
     match = HUB_ADDRESS.match(address)
     if not match:

@@ -1,8 +1,8 @@
 """Experiment trackers: wandb, trackio and TensorBoard show what log.txt holds.
 
 log.txt is the record of a run, and a tracker follows it: each start first sends the numbers of log.txt that
-the tracker lacks, then training adds new ones. So the curves are complete and contain each step once, however
-often the run was killed, whenever tracking was switched on, and whatever failed in between.
+the tracker lacks, then training adds new ones. Thus the curves are complete and contain each step once,
+however often the run was killed, whenever tracking was switched on, and whatever failed in between.
 """
 
 import importlib
@@ -46,7 +46,7 @@ def start_wandb(log_dir, name, run_id, config):
     import wandb
 
     offline = wandb.setup().settings.mode in OFFLINE
-    # nobody knows what `wandb sync` has sent of an offline run, so each start writes all numbers as a new run
+    # what `wandb sync` has sent of an offline run is unknown, so each start writes all numbers as a new run
     ours = dict(project="gpt2", name=name, dir=log_dir, resume=None if offline else "allow",
                 run_id=f"{run_id}-{secrets.token_hex(2)}" if offline else run_id)
     ours = {key: value for key, value in ours.items() if not os.environ.get(f"WANDB_{key.upper()}")}

@@ -30,7 +30,7 @@ class Validation:
         """
         self.loader, self.windows, self.precision, self.ranks = loader, windows, precision, ranks
         self.bytes_per_token = None
-        if tokenizer:  # a loss per byte of text can be compared between tokenizers
+        if tokenizer:  # a loss per byte of text can be compared across tokenizers
             targets = np.concatenate([loader.window(n)[1:] for n in windows])
             ids, counts = np.unique(targets[targets != tokenizer.eot_token], return_counts=True)
             sizes = [len(tokenizer.decode_single_token_bytes(i)) for i in ids.tolist()]
@@ -50,7 +50,7 @@ class Validation:
         """The mean loss, in nats per token. All ranks must call it.
 
         compiled: used for full batches; any other shape would be compiled anew, so raw_model takes it.
-        before_batch: called as often on every rank; it may raise to stop.
+        before_batch: called equally often on every rank; it may raise to stop.
         """
         B, rank, world_size = self.loader.B, self.ranks.rank, self.ranks.world_size
         losses = [torch.zeros((), device=self.ranks.device)]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 
 def relu2(x):
-    """The square of ReLU, of "Primer" (https://arxiv.org/abs/2109.08668)."""
+    """The square of ReLU, from "Primer" (https://arxiv.org/abs/2109.08668)."""
     return F.relu(x).square()
 
 
@@ -33,7 +33,8 @@ ACTIVATIONS = {
 }
 GATED = ("swiglu",)
 
-# --norm: a function of the config that returns a module. RMSNorm: no mean, no bias (https://arxiv.org/abs/1910.07467)
+# --norm: a function of the config that returns a module.
+# RMSNorm: no mean, no bias (https://arxiv.org/abs/1910.07467)
 NORMS = {
     "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
     "rmsnorm": lambda config: nn.RMSNorm(config.n_embd, eps=1e-5),
@@ -52,7 +53,7 @@ def activation(config):
 def norm(config):
     """A new norm module of the kind that the config names.
 
-    After the embedding it is embedding_norm, of BLOOM (https://arxiv.org/abs/2211.05100).
+    The norm after the embedding (embedding_norm) is from BLOOM (https://arxiv.org/abs/2211.05100).
     """
     return NORMS[config.norm](config)
 
@@ -81,8 +82,8 @@ def beyond_gpt2(config):
 def mlp_widths(config):
     """The outputs of an MLP's first matmul and the inputs of its second.
 
-    A gated activation gets two thirds of GPT-2's 4 C, so that both have the same number of weights (within
-    1% from C = 64 on), in a multiple of 8, which GPUs like, where that is close enough.
+    A gated activation gets two thirds of GPT-2's 4 C, which makes the number of weights the same (within 1%
+    from C = 64 on). From C = 128 on it is a multiple of 8, for faster matmuls on GPUs.
     """
     if config.mlp not in GATED:
         return 4 * config.n_embd, 4 * config.n_embd
@@ -130,7 +131,7 @@ class AdaptHeads(nn.Module):
     qk_norm: RMS-normalizes each query and key, so that attention scores can't grow without bound
     (https://arxiv.org/abs/2010.04245, here without a gain).
     rope: turns queries and keys by the angle of their positions (`rotate`).
-    value_residual: mixes in the first layer's values, by two learned weights per layer
+    value_residual: mixes in the first layer's values, with two learned weights per layer
     (https://arxiv.org/abs/2410.17897).
     """
 
@@ -161,9 +162,9 @@ def adapt_heads(config, layer):
 
 
 class Shortcut(nn.Module):
-    """x0_shortcut: the embedded tokens are mixed into the input of a block, by two learned weights.
+    """x0_shortcut: the embedded tokens are mixed into the input of a block, with two learned weights.
 
-    Of modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt). At first it is the identity.
+    From modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt). At first it is the identity.
     """
 
     def __init__(self):
@@ -175,5 +176,5 @@ class Shortcut(nn.Module):
 
 
 def softcap(logits, cap):
-    """Bend logits so that they stay within -cap and cap, in fp32 (Gemma 2, https://arxiv.org/abs/2408.00118)."""
+    """Bound logits smoothly to -cap and cap, in fp32, as Gemma 2 does (https://arxiv.org/abs/2408.00118)."""
     return cap * torch.tanh(logits.float() / cap)
