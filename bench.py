@@ -4,10 +4,10 @@
     python bench.py train --peer nanoGPT=../nanoGPT --peer build-nanogpt=../build-nanogpt
     python bench.py all --json bench.json
 
-Each contestant ("arm") runs in a process of its own, so that no setting of one affects another. The arms take
-turns: a round is one unit of work by this project, with the limit measured before and after it, and one by a
-peer: L A L B L A L B ... A ratio is the median over the rounds, with its range, because a machine's speed
-drifts. The model is the 124M with random weights, which take as long as trained ones.
+Each measured program (an "arm") runs in its own process, so that no setting of one affects another. The arms
+take turns, because a machine's speed drifts: in a round, this project (A) and a peer (B) do one unit of work
+each, and the limit (L) is measured before and after A: L A L B L A L B ... A ratio is the median over the
+rounds, with its range. The model is the 124M with random weights, which take as long as trained ones.
 
 The limits are measured in the same rounds. Training and HellaSwag: the fastest known matmuls of the model's
 own shapes, where training's FLOPs count causal attention and HellaSwag's no attention. Sampling: the matmuls
@@ -145,7 +145,7 @@ def train_arm(name, device, B, T, directory=None):
 
 
 def matmul_arm(device, rows, backward):
-    """A unit is each matmul of a forward (and backward) pass over `rows` tokens once, in FLOP/s."""
+    """A unit runs each matmul of a forward (and backward) pass over `rows` tokens once. Result: FLOP/s."""
     import torch
 
     from kit.device import tune
@@ -398,7 +398,7 @@ def show(made):
 
 
 def ratios_of(results, each=None):
-    """How many times as fast as each peer we are, in each round. each: the key of the items done."""
+    """How many times as fast as each peer we are, in each round. each: the key of the number of items."""
     def seconds_each(answer):
         return answer["seconds"] / (answer[each] if each else 1)
 
@@ -415,7 +415,7 @@ def bench_train(args):
         sizes = ((min(32, 2 ** int(math.log2(gigabytes / 4))), 1024),)
     for B, T in sizes:
         opponents = ["transformers compiled", *args.peers]
-        if (B, T) != (4, 1024):  # there these two take half a minute per step
+        if (B, T) != (4, 1024):  # at 4 x 1024 these take half a minute per step
             opponents += ["transformers", "tutorial"]
         limit = dict(work="matmul", device=args.device, rows=B * T, backward=True)
         results = compare(opponents, args.peers, args.rounds, limit,
@@ -507,7 +507,7 @@ def bench_data(args):
             ratios.append(theirs / ours)
             rates.append(size / ours / 1e6)
             if get_fast_tokenizer("gpt2"):
-                with ThreadPoolExecutor(1) as thread:  # with a tokenizer whose cache is empty
+                with ThreadPoolExecutor(1) as thread:  # a new thread's tokenizer has an empty cache
                     rate = thread.submit(tokenizer_rate, texts).result()
                 fractions.append(size / ours / rate / os.cpu_count())
     yield row(f"data: {size / 1e6:.0f} MB of parquet to shards", "MB/s", rates,

@@ -270,7 +270,7 @@ def latest(log_dir, to_resume=False):
 
 
 def find_for_resume(log_dir, ranks):
-    """The newest checkpoint that a run can continue from; None, with a message, if there are none at all.
+    """The newest checkpoint that a run can continue from; None, with a message, if there is none at all.
 
     Raises UserError if there are some but none is valid.
     """
@@ -426,7 +426,7 @@ def tokenizer_path(source):
 def load_model_and_tokenizer(source, device="cpu"):
     """The GPT that `source` names, as `load_model`, and its tiktoken.Encoding. Raises UserError.
 
-    Special tokens that the model has no embedding for are left out, with a line.
+    Special tokens that the model has no embedding for are left out, with a message.
     """
     source = resolve(source)
     model, tokenizer = load_model(source, device), get_tokenizer(tokenizer_path(source))
@@ -444,7 +444,7 @@ def load_model_and_tokenizer(source, device="cpu"):
 
 
 def check_tokenizer(source, tokenizer, data_dir, say):
-    """Raise UserError unless the data's tokenizer gives every text the same ids as the model's, `source`'s.
+    """Raise UserError unless the data's tokenizer gives every text the same ids as that of the model `source`.
 
     say: called with a line if the model has special tokens that the data's tokenizer lacks.
     """
@@ -461,8 +461,8 @@ def check_tokenizer(source, tokenizer, data_dir, say):
 def load_to_train(args, data, say):
     """The model that --init_from names, for the data of a run; its shape overrides the flags.
 
-    args: the flags of train_gpt2.py. data: its Data. say: called with lines for the user. Raises UserError if
-    the model does not fit the data, or lacks a variant that a flag asks for.
+    args: the flags of train_gpt2.py. data: its Data. say: called with messages for the user. Raises UserError
+    if the model does not fit the data, or lacks a variant that a flag asks for.
     """
     model = load_model(args.init_from)
     if args.sequence_length > model.config.block_size:
@@ -503,9 +503,9 @@ def crop_positions(model, block_size, source, say):
 
 
 def export(source, directory, push_to_hub=None):
-    """Write the model that `source` names (see `resolve`) as a new Hugging Face directory, and upload it.
+    """Write the model that `source` names (see `resolve`) as a new Hugging Face directory.
 
-    push_to_hub: the repository to upload to. Raises UserError.
+    push_to_hub: a repository to upload it to as well. Raises UserError.
     """
     directory = Path(directory)
     huggingface.check_target(directory, push_to_hub)
@@ -535,7 +535,7 @@ def show(directory, verify):
             loss = "not evaluated" if meta.get("val_loss") is None else f"val loss {meta['val_loss']:.4f}"
             verified = ", verified" if verify else ""
             print(f"{path}: step {meta['step']}, {loss}, {size:,.1f} MB{verified}")
-        except (DamagedCheckpoint, OSError) as error:  # OSError: a running training has just removed it
+        except (DamagedCheckpoint, OSError) as error:  # OSError: a running job may have just removed it
             damaged += 1
             print(f"{path}: damaged or removed: {error}")
     if damaged:

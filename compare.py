@@ -82,10 +82,10 @@ def parse_args(argv=None):
         if name not in recipe.IDENTITY or name in ("seed", "val_start", "val_tokens") or not values:
             parser.error(f"argument --sweep: {name}={values} must be a flag of a recipe and its values, as "
                          "in max_lr=1e-3,3e-3")
-    if args.first_seed is None:  # the seed that chose is not reported: its luck was chosen too
+    if args.first_seed is None:  # the seed used for choosing is not reported: choosing biases its results
         args.first_seed = FIRST_SEED + bool(sweeps)
     elif sweeps and args.first_seed <= FIRST_SEED < args.first_seed + args.seeds:
-        parser.error(f"argument --first_seed: --sweep chooses by seed {FIRST_SEED}: report others")
+        parser.error(f"argument --first_seed: --sweep chooses with seed {FIRST_SEED}: report other seeds")
     args.grid = [{name: {"true": True, "false": False}.get(value.lower(), value)
                   for (name, _), value in zip(sweeps, chosen)}
                  for chosen in product(*(values.split(",") for _, values in sweeps))]
@@ -181,7 +181,7 @@ def directory(arm, args, flags):
 
 
 class Diverged(UserError):
-    """A run whose loss was not finite."""
+    """A run that diverged: its loss was not finite, or rose with --stop_on_divergence."""
 
 
 def train(words, log_dir, args):
@@ -231,7 +231,7 @@ def run(arm, args, **flags):
 def choose(arm, args, half):
     """Set the arm's settings to those of the grid that reach the lowest loss, on the first half of val.
 
-    Returns the lines of the report about it.
+    Returns lines for the report.
     """
     losses = {}
     for settings in args.grid:
@@ -247,7 +247,7 @@ def choose(arm, args, half):
     lines = [f"| {arm.name} | {' '.join(as_flags(dict(tried)))} | {loss:.4f}{' (chosen)' * (tried == best)} |"
              for tried, loss in losses.items()]
     for name, value in best:
-        with contextlib.suppress(ValueError):  # values that are no numbers
+        with contextlib.suppress(ValueError):  # not for values that are not numbers
             values = sorted({float(dict(tried)[name]) for tried in losses})
             if len(values) < 3 or float(value) not in (values[0], values[-1]):
                 continue
@@ -296,7 +296,7 @@ def report(arms):
 
 
 def picture(arms):
-    """A matplotlib Figure: the validation loss of all arms over tokens: each seed thin, their mean thick."""
+    """A matplotlib Figure: validation loss over tokens; for each arm a thin line per seed, a thick mean."""
     from matplotlib.figure import Figure
 
     figure = Figure((7, 4), dpi=curves.DPI, layout="constrained")
@@ -335,7 +335,7 @@ def halve_val(arm):
 
 
 def speedrun(arms, args):
-    """Time both arms' commands in turn, from start to end, and compare them: lines of a report.
+    """Time both arms' whole commands in turn; return the lines of a report that compares them.
 
     Each must reach SPEEDRUN_TARGET. Raises UserError if a run exists already: a resumed one can't be timed.
     """
@@ -364,11 +364,11 @@ def speedrun(arms, args):
 
 
 def scaling(arm, args):
-    """Train an arm in several sizes, predict the largest from the others, draw all: lines of a report."""
+    """Train an arm at several sizes, predict the largest one's loss from the others; return report lines."""
     flags = train_gpt2.parse_args(arm.words)
     sizes = {}  # parameters of the blocks: flags of the run
     for n_layer, n_embd in args.scaling:
-        n_head = max(1, n_embd * flags.n_head // flags.n_embd)  # heads stay as wide as they are
+        n_head = max(1, n_embd * flags.n_head // flags.n_embd)  # heads keep their width
         shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         if n_embd % n_head:
             raise UserError(f"--scaling {n_layer}x{n_embd}: the width must be a multiple of {n_head} heads")

@@ -59,7 +59,7 @@ def parse_args(argv=None):
     add("--background", action=switch,
         help="save and draw in a thread while training goes on; takes CPU memory for a copy of weights and "
              "optimizer (default: on a GPU)")
-    add("--keep", type=integer(2), default=2, help="keep this many newest checkpoints")
+    add("--keep", type=integer(2), default=2, help="number of newest checkpoints to keep")
     add("--keep_every", type=interval, default=0, help="interval of checkpoints that are never removed")
     add("--skip_bad_steps", type=interval, default=0,
         help="skip at most N steps whose loss or gradient is not finite, then stop")
@@ -188,7 +188,7 @@ class DataLoaderLite:
         return batch
 
     def prefetch(self):
-        """Read the next micro-batch now. An error in it is next_batch()'s: the step before it is unharmed."""
+        """Read the next micro-batch early. An error in it is left to next_batch(): this step is fine."""
         first = self.position + self.process_rank * self.B
         with contextlib.suppress(UserError):
             self.prefetched = first, self.batch(first, self.B)
@@ -337,7 +337,8 @@ def open_model(args, config, data, identity, newest, run, ranks):
         step, before = meta["step"], meta.get("identity", {})
         changes = recipe.check_identity(before, identity, args.allow_change, run.log_dir)
         if step > args.max_steps:
-            raise UserError(f"--max_steps {args.max_steps}: {newest} is already at step {step}: name more")
+            raise UserError(f"--max_steps {args.max_steps}: {newest} is already at step {step}; use a larger "
+                            "value")
         schedules = argparse.Namespace(**recipe.identity_of(before)), args
         rates = [f"{get_lr(step, schedule):.2e}" for schedule in schedules]
         if rates[0] != rates[1]:
@@ -412,7 +413,7 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
             with waiting("compiling: a minute or more; --no-compile skips it", ranks):
                 compiled = compile_model(raw_model, ranks.device, args.compile_mode)
                 warm_up(compiled)
-                if args.val_every and len(validation.windows) >= args.micro_batch_size:  # another graph
+                if args.val_every and len(validation.windows) >= args.micro_batch_size:  # a graph of its own
                     validation.batch_loss(compiled, batch)
         except Exception as error:  # no C++ compiler, no headers, a GPU too old for Triton, ...
             if out_of_memory(error):
@@ -429,7 +430,7 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
     return compiled, model
 
 
-# -------------------------------------------------------------------------------- once in a while, or rarely
+# ---------------------------------------------------------------------------------------------------- samples
 
 
 def sample(step, args, raw_model, data, precision, ranks):
@@ -448,7 +449,7 @@ def sample(step, args, raw_model, data, precision, ranks):
 def train(args, at_exit):
     """Train as the flags say. at_exit: an ExitStack that closes when the run ends."""
     ranks = Ranks(args.device, args.timeout)
-    # each rank reads its own command line and files, on several machines from disks of its own
+    # each rank reads its own command line and files; on several machines, each from its own disk
     ranks.check_same({f"--{k}": v for k, v in vars(args).items() if k not in ("device", "log_dir")})
     tune(ranks.device, training=True)
     run = at_exit.enter_context(Run(args, ranks))
@@ -505,7 +506,7 @@ def train(args, at_exit):
             saved = step == start_step and progress.val_loss == meta.get("val_loss")
             if (due(args.save_every) or due(args.keep_every)) and step > 0 and not saved:
                 saver.save(f"ckpt_{step:06d}", progress, optimizer)
-            if step == args.max_steps:  # the extra lap evaluated and saved the finished model
+            if step == args.max_steps:  # this extra lap only evaluates and saves the finished model
                 break
 
             # one optimizer step on the mean gradient of micro_steps micro-batches

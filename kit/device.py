@@ -58,7 +58,7 @@ def type_of(device):
 
 @functools.cache
 def name_of(device):
-    """What a person calls the device: the product name of the GPU or the processor, if it is known."""
+    """The product name of the GPU or processor, if it is known."""
     if type_of(device) == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError, TypeError):  # Linux
@@ -189,7 +189,7 @@ def compile_model(model, device, mode=None):
 
 
 def out_of_memory(error):
-    """Whether an exception means that memory does not suffice. On a CPU torch says so in words only."""
+    """Whether an exception means out of memory. On a CPU only the text of torch's error shows it."""
     words = "can't allocate memory|not enough memory|out of memory"
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(words, str(error)))
 

@@ -1,4 +1,4 @@
-"""What runs show when they are compared: how many tokens one needs, and what is noise between seeds."""
+"""Statistics for comparing runs: tokens to a loss, noise between seeds, a power law over sizes."""
 
 import math
 import statistics
@@ -29,7 +29,7 @@ class Result:
 
     @property
     def finished(self):
-        """Whether the run has come to its last step."""
+        """Whether the run has reached its last step."""
         steps, _ = self.curves.get("val", ((0,), ()))
         return steps[-1] > 0 and steps[-1] == self.record["flags"].get("max_steps")
 
@@ -55,7 +55,7 @@ class Result:
     def tokens_to(self, loss):
         """The tokens after which the validation loss is at most `loss`, or None if it never is.
 
-        Between two evaluations the loss counts as falling linearly.
+        The loss is interpolated linearly between evaluations.
         """
         steps, values = self.curves["val"]
         for i, value in enumerate(values):
@@ -67,7 +67,7 @@ class Result:
 
 
 def t95(freedom):
-    """95% of Student's t distribution with so many degrees of freedom is within plus or minus this."""
+    """95% of Student's t distribution with this many degrees of freedom is within +-(the result)."""
     return T95[freedom] if freedom < len(T95) else 1.96 + 2.7 / freedom
 
 

@@ -11,7 +11,7 @@ SKIPPED = 3  # steps at the start: they allocate memory and choose kernels
 
 
 class Profile(contextlib.ExitStack):
-    """Profiles --profile steps on rank 0; call `step` after each. It is a context: leave it at the end."""
+    """Profiles --profile steps on rank 0; call `step` after each. It is a context manager."""
 
     def __init__(self, steps, log_dir, ranks):
         super().__init__()

@@ -22,7 +22,7 @@ REFERENCE_STEPS = (250, 1000, 5000)  # the val loss is compared with reference r
 
 
 class Run(contextlib.ExitStack):
-    """A run's log directory, opened by all ranks and written by rank 0. It is a context: leave it at the end.
+    """A run's log directory, opened by all ranks and written by rank 0. It is a context manager.
 
     resuming: whether the run continues from a checkpoint, because --resume says so or because torchrun has
     restarted the ranks.
@@ -87,7 +87,7 @@ class Run(contextlib.ExitStack):
             record.add_facts(self.log_dir, **facts)
 
     def report(self, step, val_loss=None):
-        """Draw the curves, and say if the val loss of this step, if given, is off the track of its recipe."""
+        """Draw the curves, and warn if val_loss, if given, is far from that of reference runs."""
         if not self.ranks.is_first:
             return
         if val_loss is not None and step in REFERENCE_STEPS:

@@ -137,7 +137,7 @@ def test_a_speedrun_times_whole_commands(shards, tmp_path):
     (["base.txt", "base.txt --val_every 0"], "--val_every 0"),
     (["base.txt", "base.txt --norm rmsnorm", "--sweep", "schedule=cosine,linear"], "linear"),
     (["base.txt", "base.txt --bias", "--sweep", "max_lr=1,2", "--seeds", "3", "--first_seed", "1335"],
-     "--first_seed: --sweep chooses by seed 1337"),
+     "--first_seed: --sweep chooses with seed 1337"),
     (["base.txt", "--scaling", "64"], "64 should be sizes such as 2x64"),
     (["base.txt", "base.txt --norm rmsnorm", "--speedrun", "--sweep", "max_lr=1,2"], "--speedrun"),
 ], ids=str)

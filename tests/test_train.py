@@ -491,7 +491,7 @@ def test_auto_on_a_cpu_takes_at_most_4096_tokens(shards, tmp_path, capsys, total
 
 def test_a_batch_that_does_not_fit_is_found_and_leaves_no_gradient(monkeypatch):
     model = make.small_gpt().train()
-    batch = torch.randint(96, (2, 4, 32))
+    batch = torch.randint(96, (2, 4, 16))
     precision = Precision("cpu")
     assert device.fits_into_memory(model, batch, precision, "cpu")
     assert all(p.grad is None for p in model.parameters())
