@@ -444,7 +444,7 @@ def load_model_and_tokenizer(source, device="cpu"):
 
 
 def check_tokenizer(source, tokenizer, data_dir, say):
-    """Raise UserError unless the data's tokenizer gives every text the same ids as that of the model `source`.
+    """Raise UserError unless the data's tokenizer gives every text the same ids as that of `source`.
 
     say: called with a line if the model has special tokens that the data's tokenizer lacks.
     """
