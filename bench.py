@@ -22,6 +22,7 @@ from pathlib import Path
 
 from kit.flags import Parser, from_command_line, integer
 
+FP32 = ", fp32"  # at the end of a peer's name: in fp32, its own default on a CPU
 PARTS = ("train", "hellaswag", "sample", "data", "start")
 PROMPT = [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # "Hello, I'm a language model,"
 
@@ -38,6 +39,8 @@ def parse_args(argv=None):
                         help="a checkout of nanoGPT or build-nanogpt")
     parser.add_argument("--rounds", type=integer(1), default=3,
                         help="rounds per comparison; at most 3 for the data")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="of training and HellaSwag (default: as in train_gpt2.py and hellaswag.py)")
     parser.add_argument("--hellaswag_data", metavar="FILE",
                         help="local HellaSwag examples (default: downloaded)")
     parser.add_argument("--input", nargs="+", metavar="FILE",
@@ -65,7 +68,6 @@ if __name__ == "__main__" and sys.argv[1:2] != ["--arm"]:
 
 import contextlib
 import math
-import platform
 import random
 import statistics
 import tempfile
@@ -108,43 +110,51 @@ def gpt(device, name="ours", directory=None):
     return peers.load(name, device, directory)
 
 
-def train_arm(name, device, B, T, directory=None):
-    """A unit is an optimizer step on B x T tokens; on a GPU, the mean of ten steps."""
+def autocast(device, dtype):
+    """Matmuls in bfloat16, unless dtype is "float32"."""
+    import torch
+
+    return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device, torch.bfloat16)
+
+
+def train_arm(name, device, B, T, dtype, directory=None):
+    """A unit is an optimizer step on `passes` micro-batches of B x T tokens; its time is that of one."""
     import torch
 
     from kit.device import compile_model, tune
 
     if name == "ours" or device == "cuda":
         tune(device, training=True)
-    autocast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+    if name.endswith(FP32):
+        name, dtype = name.removesuffix(FP32), "float32"
     model, loss_of, optimizer, compiled = gpt(device, name, directory)
     if compiled:
         model = compile_model(model, device) if name == "ours" else torch.compile(model)
     generator = torch.Generator().manual_seed(0)
 
-    steps = 10 if device == "cuda" else 1  # a single step ends before a GPU reaches its steady clock
+    passes = 16 if device == "cuda" else 1  # on a GPU as in a real run, and long enough for a steady clock
 
     def unit(number):
         tokens = torch.randint(50257, (B, T + 1), generator=generator).to(device)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # as the peers' loaders make them
         started = time.perf_counter()
-        for _ in range(steps):
-            with autocast:
+        for _ in range(passes):
+            with autocast(device, dtype):
                 loss = loss_of(model, x, y)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
         synchronize(device)
-        return dict(seconds=(time.perf_counter() - started) / steps)
+        return dict(seconds=(time.perf_counter() - started) / passes)
 
     unit(0)  # compiles
     unit(0)
     return unit
 
 
-def matmul_arm(device, rows, backward):
+def matmul_arm(device, rows, backward, dtype):
     """A unit runs each matmul of a forward (and backward) pass over `rows` tokens once. Result: FLOP/s."""
     import torch
 
@@ -153,7 +163,7 @@ def matmul_arm(device, rows, backward):
     from kit.packed import fp32_linear, onednn_is_faster
 
     tune(device, training=True)
-    dtype = torch.bfloat16 if device == "cuda" and backward else torch.float32  # HellaSwag uses TF32
+    dtype = getattr(torch, dtype)
     repeat = 10 if device == "cuda" else 1
 
     def matmul(a, b):
@@ -166,7 +176,8 @@ def matmul_arm(device, rows, backward):
         if fan_out == head:
             x = x[row_slices(x, head)[0]]  # the loss is computed in slices
         w = torch.randn(fan_out, fan_in, device=device, dtype=dtype)
-        if device == "cpu" and not backward and onednn_is_faster():  # weights that do not change are packed
+        packed = device == "cpu" and dtype == torch.float32 and not backward and onednn_is_faster()
+        if packed:  # weights that do not change are packed
             ways = [[partial(fp32_linear(torch.nn.Linear(fan_in, fan_out, bias=False)), x)]]
         else:
             ways = [[matmul(x, w.t())]]
@@ -198,7 +209,7 @@ def matmul_arm(device, rows, backward):
     return unit
 
 
-def hellaswag_arm(name, device, data, chunk):
+def hellaswag_arm(name, device, data, chunk, dtype):
     """Unit n is the n-th chunk of `chunk` examples. We score all of it, because larger batches need less
     padding; a peer scores every twelfth example, one at a time."""
     import torch
@@ -212,7 +223,7 @@ def hellaswag_arm(name, device, data, chunk):
     if name == "ours" or device == "cuda":
         tune(device)
     model = gpt(device, name)[0].eval()
-    if name == "ours" and device == "cpu" and onednn_is_faster():  # as in hellaswag.py
+    if name == "ours" and device == "cpu" and dtype == "float32" and onednn_is_faster():  # as in hellaswag.py
         pack(model)
     tokenizer, examples = get_tokenizer("gpt2"), list(hellaswag.iterate_examples(data))
     random.Random(0).shuffle(examples)  # the file begins with the short ones
@@ -233,10 +244,11 @@ def hellaswag_arm(name, device, data, chunk):
         first = number * chunk % max(chunk, len(examples) - chunk + 1)
         part = examples[first : first + chunk][:: 1 if name == "ours" else 12]
         started = time.perf_counter()
-        if name == "ours":
-            predictions = hellaswag.evaluate(model, tokenizer, part)["predictions_norm"]
-        else:
-            predictions = [one_at_a_time(example) for example in part]
+        with autocast(device, dtype):
+            if name == "ours":
+                predictions = hellaswag.evaluate(model, tokenizer, part)["predictions_norm"]
+            else:
+                predictions = [one_at_a_time(example) for example in part]
         seconds = time.perf_counter() - started
         rows, _ = hellaswag.render(part, tokenizer, 1024)
         return dict(seconds=seconds, predictions=predictions, examples=len(part),
@@ -349,21 +361,35 @@ class Arm:
 
 
 def compare(opponents, directories, rounds, limit, name="ours", **settings):
-    """Run rounds of ours, a peer and the limit: {peer: (our answers, the peer's, the limit's)}.
+    """Measure this project, each peer and the limit: {peer: (our answers, the peer's, the limit's)}.
 
-    opponents: the peers. directories: of their checkouts. limit: the settings of its arm. settings: of the
-    other arms.
+    opponents: the peers' names. directories: their checkouts. limit: the settings of the limit's arm.
+    settings: of the other arms. On a GPU, whose memory they would share, one arm runs after the other.
     """
     results = {}
+
+    def theirs(peer):
+        directory = directories.get(peer.removesuffix(FP32))
+        return Arm(name=peer, **settings, **({"directory": directory} if directory else {}))
+
+    if settings["device"] == "cuda":
+        with Arm(**limit) as arm:
+            limits = [arm(i) for i in range(rounds)]
+        with Arm(name=name, **settings) as arm:
+            ours = [arm(i) for i in range(rounds)]
+        for peer in opponents:
+            with theirs(peer) as arm:
+                results[peer] = ours, [arm(i) for i in range(rounds)], limits
+            print(f"  {settings['work']}: {peer} measured", file=sys.stderr, flush=True)
+        return results
     with Arm(**limit) as limit, Arm(name=name, **settings) as mine:
         for peer in opponents:
-            directory = {"directory": directories[peer]} if peer in directories else {}
-            with Arm(name=peer, **settings, **directory) as theirs:
+            with theirs(peer) as arm:
                 answers = []
                 for i in range(rounds):
                     before, ours, after = limit(i), mine(i), limit(i)
                     limits = {key: (before[key] + after[key]) / 2 for key in before}
-                    answers.append((ours, theirs(i), limits))
+                    answers.append((ours, arm(i), limits))
                 results[peer] = list(zip(*answers))
                 print(f"  {settings['work']}: {peer} measured", file=sys.stderr, flush=True)
     return results
@@ -409,24 +435,28 @@ def ratios_of(results, each=None):
 def bench_train(args):
     import torch
 
-    sizes = (4, 256), (4, 1024)
-    if args.device == "cuda":  # the limit, ours and a peer share the memory; some need 2 GB per row
+    sizes, dtype = ((4, 256), (4, 1024)), args.dtype or "float32"
+    if args.device == "cuda":  # peers that hold all logits in fp32 need 1 GB per row
         gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
-        sizes = ((min(32, 2 ** int(math.log2(gigabytes / 4))), 1024),)
+        dtype, largest = args.dtype or "bfloat16", 2 ** int(math.log2(gigabytes / 1.2))
+        sizes = tuple((B, 1024) for B in (32, 64) if B <= largest) or ((largest, 1024),)
     for B, T in sizes:
         opponents = ["transformers compiled", *args.peers]
+        if args.device == "cpu" and dtype == "bfloat16":
+            opponents += [f"{peer}{FP32}" for peer in opponents if peer != "build-nanogpt"]
         if (B, T) != (4, 1024):  # at 4 x 1024 these take half a minute per step
             opponents += ["transformers", "tutorial"]
-        limit = dict(work="matmul", device=args.device, rows=B * T, backward=True)
+        limit = dict(work="matmul", device=args.device, rows=B * T, backward=True, dtype=dtype)
         results = compare(opponents, args.peers, args.rounds, limit,
-                          work="train", device=args.device, B=B, T=T)
+                          work="train", device=args.device, B=B, T=T, dtype=dtype)
         flops = 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 12 * T * 768 / 2  # per token, causal
         units = [(a, limit) for mine, _, limits in results.values() for a, limit in zip(mine, limits)]
         peak = {peer: max(b["peak_bytes"] for b in theirs) / 1e9 for peer, (_, theirs, _) in results.items()}
         peak["ours"] = max(a["peak_bytes"] for a, _ in units) / 1e9
         memory = "peak memory, GB: " + ", ".join(f"{name} {value:.1f}" for name, value in peak.items())
-        yield row(f"train 124M, {B} x {T} tokens", "tokens/s", [B * T / a["seconds"] for a, _ in units],
-                  ratios_of(results), [B * T * flops / a["seconds"] / limit["rate"] for a, limit in units],
+        rates = [B * T / a["seconds"] for a, _ in units]
+        yield row(f"train 124M, {B} x {T}, {dtype}", "tokens/s", rates, ratios_of(results),
+                  [B * T * flops / a["seconds"] / limit["rate"] for a, limit in units],
                   notes=[memory], peak_gb=peak)
 
 
@@ -434,11 +464,12 @@ def bench_hellaswag(args):
     import hellaswag
 
     data = str(args.hellaswag_data or hellaswag.download())
+    dtype = args.dtype or "float32"  # as in hellaswag.py; TF32 on a GPU
     chunk = 3000 if args.device == "cuda" else 600
     limit = dict(work="matmul", device=args.device, rows=2**11 if args.device == "cpu" else 2**15,
-                 backward=False)
+                 backward=False, dtype=dtype)
     results = compare(["tutorial", "transformers"], {}, args.rounds, limit,
-                      work="hellaswag", device=args.device, data=data, chunk=chunk)
+                      work="hellaswag", device=args.device, data=data, chunk=chunk, dtype=dtype)
     same = total = 0
     for a, b in zip(*results["tutorial"][:2]):
         same += sum(p == q for p, q in zip(a["predictions"][::12], b["predictions"]))
@@ -449,7 +480,7 @@ def bench_hellaswag(args):
             flops = 2 * (12 * 12 * 768**2 * a["tokens"] + 50304 * 768 * a["scored"])
             fractions.append(flops / a["seconds"] / limit["rate"])
     rates = [a["examples"] / a["seconds"] for mine, _, _ in results.values() for a in mine]
-    yield row("HellaSwag 124M", "examples/s", rates, ratios_of(results, "examples"), fractions,
+    yield row(f"HellaSwag 124M, {dtype}", "examples/s", rates, ratios_of(results, "examples"), fractions,
               notes=[f"same prediction as the tutorial's loop: {same} of {total}"], same=same, total=total)
 
 
@@ -575,28 +606,10 @@ def bench_start(args):
     yield row("import model beyond import torch", "s", [b - a for a, b in pairs], {})
 
 
-def machine(device):
-    import torch
-    import transformers
-
-    from kit.device import attention_backend, name_of
-
-    facts = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), python=platform.python_version(),
-                 torch=torch.__version__, transformers=transformers.__version__, cores=os.cpu_count(),
-                 device=name_of(device))
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    facts["attention"] = attention_backend(device, dtype, head_size=64)
-    if device == "cuda":
-        driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts |= dict(cudnn=torch.backends.cudnn.version(),
-                      driver=subprocess.run(driver, capture_output=True, text=True).stdout.strip())
-    return facts
-
-
 def main(args):
     import torch
 
-    from kit.device import pick_device
+    from kit.device import machine, pick_device
 
     check_output("--json", args.json, args.hellaswag_data, *(args.input or ()))
     args.device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -4,11 +4,14 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -64,6 +67,20 @@ def name_of(device):
     with contextlib.suppress(OSError, TypeError):  # Linux
         return re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)[1]
     return platform.processor() or platform.machine()
+
+
+def machine(device):
+    """Facts about this machine and its software, for records of benchmarks: {name: value}."""
+    dtype = torch.bfloat16 if type_of(device) == "cuda" else torch.float32
+    facts = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), python=platform.python_version(),
+                 torch=torch.__version__, transformers=importlib.metadata.version("transformers"),
+                 cores=os.cpu_count(), device=name_of(device),
+                 attention=attention_backend(device, dtype, head_size=64))
+    if type_of(device) == "cuda":
+        driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        facts |= dict(cudnn=torch.backends.cudnn.version(),
+                      driver=subprocess.run(driver, capture_output=True, text=True).stdout.strip())
+    return facts
 
 
 def to_device(tensor, device):

@@ -17,7 +17,7 @@ def test_a_wrong_value_of_a_flag_is_refused(flags, word):
 
 
 def test_an_arm_answers_and_a_dead_one_is_named():
-    products = dict(work="matmul", device="cpu", rows=16, backward=True)
+    products = dict(work="matmul", device="cpu", rows=16, backward=True, dtype="float32")
     with bench.Arm(**products) as arm:
         first, second = arm(0), arm(1)
     assert first["rate"] > 1e9 and second["peak_bytes"] >= first["peak_bytes"] > 10**8
@@ -50,3 +50,6 @@ def test_rounds_ask_all_arms_for_the_same_work(monkeypatch):
     assert [answer.get("directory") for answer in theirs] == ["there"] * 2
     assert limits[0] == {"rate": 10}  # the mean of the ninth answer and the eleventh
     assert "directory" not in results["a"][1][0]
+    asked.clear()
+    bench.compare(["a", "b"], {}, 2, {}, work="train", device="cuda")  # whose memory the arms would share
+    assert asked == [(name, number) for name in ("limit", "ours", "a", "b") for number in range(2)]
