@@ -124,9 +124,14 @@ def wait_for_line(process, words):
     raise AssertionError(f"the process ended without {words!r}")
 
 
+def children(pid):
+    """The process ids of a process's children, in the order of their start."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
 def ranks_of(process):
-    """The process ids of the children of a started torchrun, by rank."""
-    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+    """The process ids of the ranks of a started torchrun, by rank."""
+    return children(process.pid)
 
 
 def kill_all(process):

@@ -1,9 +1,14 @@
-"""bench.py: its arms answer and do the same work, and a wrong flag is refused at once."""
+"""bench.py: its arms answer and do the same work, and a wrong flag is refused at once. bench_gpu.py."""
+
+import json
+import time
+from pathlib import Path
 
 import pytest
-from runs import assert_refused, run_here
+from runs import assert_refused, children, run_here, run_script, start_script, wait_for_line
 
 import bench
+import bench_gpu
 
 
 @pytest.mark.parametrize("flags, word", [
@@ -53,3 +58,47 @@ def test_rounds_ask_all_arms_for_the_same_work(monkeypatch):
     asked.clear()
     bench.compare(["a", "b"], {}, 2, {}, work="train", device="cuda")  # whose memory the arms would share
     assert asked == [(name, number) for name in ("limit", "ours", "a", "b") for number in range(2)]
+
+
+def wait_for(condition):
+    """The value of condition() once it is true."""
+    for _ in range(600):
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("a minute has passed")
+
+
+def read(path):
+    return json.loads(path.read_text())["stages"]
+
+
+@pytest.mark.slow
+def test_the_plan_for_a_gpu_runs_through(tmp_path):
+    run_script("bench_gpu.py", "--device", "cpu", "--tiny", "--json", tmp_path / "gpu.json")
+    stages = read(tmp_path / "gpu.json")
+    assert list(stages) == list(bench_gpu.STAGES) and not any("error" in stage for stage in stages.values())
+    assert stages["train"]["stop"]["status"] == 143 and "ckpt_000021" in stages["train"]["resume"]["message"]
+    assert "aten::mm" in stages["profile"]["table"]
+    results = [value for value in stages["choices"].values() if isinstance(value, dict)]
+    assert len(results) == 7 and all("times_as_fast" in result for result in results)
+
+
+def test_the_plan_for_a_gpu_keeps_its_results_when_it_is_killed(tmp_path):
+    """Killed in its second stage; what that stage had started is gone too."""
+    out = tmp_path / "gpu.json"
+    process = start_script("bench_gpu.py", "--device", "cpu", "--tiny", "--stages", "card", "profile",
+                           "--json", out)
+    wait_for_line(process, '"seconds"')  # of the first stage
+    started = wait_for(lambda: children(process.pid) and children(children(process.pid)[0]))
+    process.terminate()
+    assert process.wait(30) == 143
+    assert read(out)["card"].keys() == {"matmul_flops", "matmul_shape", "copy_bytes_per_second", "seconds"}
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+
+
+def test_the_plan_for_a_gpu_ends_in_time(tmp_path):
+    run_script("bench_gpu.py", "--device", "cpu", "--tiny", "--minutes", 0.1, "--stages", "train", "profile",
+               "--json", tmp_path / "gpu.json")
+    stages = read(tmp_path / "gpu.json")
+    assert stages["train"]["unfinished"] == stages["profile"]["skipped"] == "no time left"

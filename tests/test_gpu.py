@@ -9,6 +9,8 @@ from runs import copy_run, flags_of, read_log, run_script
 
 import checkpoint
 import hellaswag
+from kit.device import compile_model
+from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 
 DEVICE = "cuda"
@@ -58,6 +60,21 @@ def test_loss_and_gradients_are_the_cpus(vocab_size):
         found.append([tensor.detach().cpu() for tensor in tensors])
     for one, other in zip(*found):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_is_eager_at_124m():
+    """Loss and gradient norm of each parameter, in the precision of training."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig()).to(DEVICE).train()
+    x, y = torch.randint(50257, (2, 4, 1024)).to(DEVICE)
+    found = []
+    for version in (model, compile_model(model, DEVICE)):
+        model.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = version(x, y)[1]
+        loss.backward()
+        found.append([loss.item(), *(p.grad.norm().item() for p in model.parameters())])
+    assert found[1] == pytest.approx(found[0], rel=0.02)
 
 
 def test_a_run_follows_the_cpus(on_device, whole):

@@ -1,0 +1,383 @@
+"""All that a GPU has to show about this project, in one command and a limited time.
+
+    python bench_gpu.py --minutes 25 --json gpu.json
+
+Stages, each in a process of its own: `card` (matmul, copy), `tests` (tests/test_gpu.py), `train` (speed,
+memory, evaluation, stop and resume), `profile` (where the time goes), `choices` (other settings, in turn),
+`peers` (bench.py) and, with real shards, `recipe` (250 steps of the 124M recipe). The JSON file is rewritten
+after each result, so that an interrupted command keeps what it has measured.
+"""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from kit.flags import Parser, from_command_line, number
+
+STAGES = ("card", "tests", "train", "profile", "choices", "peers", "recipe")
+ROOT = Path(__file__).parent
+# of the train and profile stages: 124M at a tenth of its batch, or a tiny model for a test on a CPU
+FULL = "--total_batch_size 131072 --val_tokens 131072"
+TINY = ("--n_layer 2 --n_head 2 --n_embd 32 --sequence_length 32 --total_batch_size 512 --val_tokens 512 "
+        "--micro_batch_size 8 --no-compile")
+
+
+def parse_args(argv=None):
+    parser = Parser(description="Test and measure this project on a GPU.",
+                    usage="python bench_gpu.py [--minutes N] [--json OUT] [--flag value ...]")
+    add = parser.add_argument
+    add("--minutes", type=number(0.1), default=25.0, help="stop after this time")
+    add("--json", metavar="OUT", default="bench_gpu.json", help="file of the results")
+    add("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE",
+        help=f"which of {', '.join(STAGES)}")
+    add("-d", "--device", default="cuda", help="cuda, or cpu with --tiny")
+    add("--peer", action="append", default=[], metavar="NAME=DIR", help="as in bench.py")
+    add("--hellaswag_data", metavar="FILE", help="local HellaSwag examples, for the peers")
+    add("--data_dir", default="edu_fineweb10B", metavar="DIR", help="real shards, if they exist")
+    add("--tiny", action="store_true", help="a tiny model: tests this command, measures nothing")
+    args = parser.parse_args(argv)
+    if not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"argument --json: {args.json}: its directory does not exist")
+    return args
+
+
+if __name__ == "__main__":
+    args = from_command_line(parse_args) if sys.argv[1:2] != ["--stage"] else None
+
+import contextlib
+import tempfile
+import threading
+import time
+
+import torch
+
+import bench
+from kit import loss
+from kit.device import compile_model, machine, memory_of, peak_memory, pick_device, tune
+from kit.files import UserError, atomic_write, run_script
+from model import GPT, GPTConfig
+
+# ---------------------------------------------------------------------------- the stages: each yields results
+
+
+def synchronize(args):
+    if args.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def seconds_of(call, args, repeat):
+    """Seconds per call, after one to warm up."""
+    call()
+    synchronize(args)
+    started = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    synchronize(args)
+    return (time.perf_counter() - started) / repeat
+
+
+def card(args):
+    """The speed of a large matmul and of a copy in memory."""
+    n = 256 if args.tiny else 8192
+    a, b = torch.randn(2, n, n, device=args.device, dtype=torch.bfloat16)
+    yield dict(matmul_flops=2 * n**3 / seconds_of(lambda: a @ b, args, 20), matmul_shape=n)
+    x = torch.empty(n * n, device=args.device)
+    y = torch.empty_like(x)
+    yield dict(copy_bytes_per_second=2 * x.nbytes / seconds_of(lambda: y.copy_(x), args, 20))
+
+
+def tests(args):
+    """tests/test_gpu.py."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_gpu.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    yield dict(status=done.returncode, summary=done.stdout.strip().splitlines()[-1:],
+               output=done.stdout[-4000:] if done.returncode else "")
+
+
+class Training:
+    """A train_gpt2.py under way. Leaving the context kills it."""
+
+    def __init__(self, args, data_dir, log_dir, *flags):
+        size = (TINY if args.tiny else FULL).split()
+        if not args.tiny:
+            fits_64 = args.device == "cpu" or memory_of(args.device) > 7e10
+            size += ["--micro_batch_size", "64" if fits_64 else "auto"]
+        command = [sys.executable, ROOT / "train_gpt2.py", "-d", args.device, "--data_dir", data_dir,
+                   "--log_dir", log_dir, *size, "--hellaswag_every", 0, "--sample_every", 0, "--log_every", 1,
+                   "--no-plot", "--warmup_steps", 5, *flags]
+        self.started, self.lines = time.perf_counter(), []
+        self.process = subprocess.Popen(list(map(str, command)), text=True, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT)
+
+    def wait_for(self, words):
+        """Read up to the line with these words: seconds since the start. Raises RuntimeError at the end."""
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if words in line:
+                return time.perf_counter() - self.started
+        raise RuntimeError(f"train_gpt2.py ended before {words!r}: {''.join(self.lines)[-2000:]}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+
+def make_shards(directory):
+    """Random tokens in place of text: they take as long."""
+    import numpy as np
+
+    tokens = np.random.default_rng(0).integers(50257, size=10**7, dtype=np.uint16)
+    for split, count in (("val", 10**6), ("train", len(tokens))):
+        np.save(f"{directory}/edu_{split}_000000.npy", tokens[:count])
+
+
+def train(args):
+    """30 steps with an evaluation and a save, a stop by SIGTERM, and a resume."""
+    from kit.record import read_curves, read_record
+
+    steps, flags = 30, ["--max_steps", 30, "--val_every", 10, "--save_every", 10]
+    with tempfile.TemporaryDirectory() as directory:
+        make_shards(directory)
+        log_dir = f"{directory}/log"
+        with Training(args, directory, log_dir, *flags) as run:
+            begin = run.wait_for("parameters,")  # compiled by now
+            first = run.wait_for("step     0 |")
+            before, after = run.wait_for("step     9 |"), run.wait_for("step    10 |")
+            run.wait_for("step    20 |")
+            run.process.terminate()
+            stopped = time.perf_counter()
+            run.wait_for("stopped by SIGTERM")
+            status, stopped = run.process.wait(), time.perf_counter() - stopped
+        record, (_, speeds) = read_record(log_dir), read_curves(log_dir)["tok/s"]
+        speed = statistics.median(speeds[5:])
+        step = record["flags"]["total_batch_size"] / speed
+        yield dict(tokens_per_second=speed, seconds_per_step=step, seconds_to_compile=begin,
+                   seconds_to_first_step=first, micro_batch_size=record["flags"]["micro_batch_size"],
+                   peak_memory_bytes=record["peak_memory_bytes"], attention=record["attention"],
+                   compiled=record["compiled"], parameters=record["parameters"],
+                   seconds_of_evaluation_and_save=after - before - step,
+                   stop=dict(status=status, seconds=stopped))
+        model_flops = record["flops_per_token"] * speed
+        yield dict(model_flops=model_flops)
+        with Training(args, directory, log_dir, *flags, "--resume") as run:
+            run.wait_for("resuming")
+            run.wait_for("finished")
+            resumed = next(line for line in run.lines if "resuming" in line).strip()
+            yield dict(resume=dict(status=run.process.wait(), message=resumed,
+                                   val_loss=read_curves(log_dir)["val"][1][-1], steps=steps))
+
+
+def profile(args):
+    """Ten steps under torch.profiler: the table."""
+    with tempfile.TemporaryDirectory() as directory:
+        make_shards(directory)
+        flags = ["--max_steps", 16, "--profile", 10, "--val_every", 0, "--save_every", 0]
+        with Training(args, directory, f"{directory}/log", *flags) as run:
+            run.wait_for("finished")
+        yield dict(table=Path(directory, "log", "profile.txt").read_text())
+
+
+@contextlib.contextmanager
+def patched(owner, name, value):
+    """owner.name is `value` within the context."""
+    old = owner[name] if isinstance(owner, dict) else getattr(owner, name)
+    put = owner.__setitem__ if isinstance(owner, dict) else lambda name, value: setattr(owner, name, value)
+    put(name, value)
+    try:
+        yield
+    finally:
+        put(name, old)
+
+
+def bf16_residuals(model):
+    """The residual stream in bf16, as in llm.c: half the bytes, fewer digits."""
+    model.transformer.drop.register_forward_hook(lambda module, inputs, x: x.to(torch.bfloat16))
+
+
+def choices(args):
+    """Settings against the default, one at a time, in turn with it: how many times as fast each is."""
+    T, B = (32, 8) if args.tiny else (1024, 32)
+    cudnn = torch.backends.cuda.enable_cudnn_sdp
+    nothing, slices = contextlib.nullcontext, loss.LOGITS_AT_ONCE
+    alternatives = {
+        "residual stream in bf16": (nothing, bf16_residuals, {}),
+        "head: dX = dlogits @ w": (lambda: patched(loss, "gradient_of_x", lambda g, w: g @ w), None, {}),
+        "slices of 2**27 logits": (lambda: patched(slices, args.device, 2**27), None, {}),
+        "slices of 2**30 logits": (lambda: patched(slices, args.device, 2**30), None, {}),
+        "attention without cuDNN": (lambda: contextlib.closing(Switch(cudnn)), None, {}),
+        "twice the micro-batch": (nothing, None, dict(B=2 * B)),
+        "max-autotune-no-cudagraphs": (nothing, None, dict(mode="max-autotune-no-cudagraphs")),
+    }
+    torch._dynamo.config.recompile_limit = 64  # one graph for each alternative
+    default = training_unit(args, B, T)
+    for name, (context, change, more) in alternatives.items():
+        ratios = []
+        try:
+            with context():
+                alternative = training_unit(args, **{"B": B, "T": T, **more}, change=change)
+            for _ in range(3):
+                before = default()  # outside of the context, within which it would be compiled again
+                if args.device != "cpu":
+                    torch.cuda.reset_peak_memory_stats()
+                with context():
+                    ratios.append(before / alternative())
+            yield {name: dict(times_as_fast=bench.spread(ratios), peak_memory_bytes=peak_memory(args.device))}
+        except RuntimeError as error:  # out of memory, for example
+            yield {name: dict(error=str(error)[:500])}
+        alternative = None
+        if args.device != "cpu":
+            torch.cuda.empty_cache()
+
+
+class Switch:
+    """Switches a setting of torch off until it is closed."""
+
+    def __init__(self, setting):
+        self.setting = setting
+        setting(False)
+
+    def close(self):
+        self.setting(True)
+
+
+def training_unit(args, B, T, mode=None, change=None):
+    """A function that trains on 8 micro-batches and returns the seconds per token. change: of the model."""
+    torch.manual_seed(0)
+    config = GPTConfig(T, 512, 2, 2, 32) if args.tiny else GPTConfig()
+    model = GPT(config).to(args.device)
+    if change:
+        change(model)
+    optimizer = model.configure_optimizers(0.1, 6e-4, args.device)
+    compiled = model if args.tiny else compile_model(model, args.device, mode)
+    x, y = torch.randint(500, (2, B, T)).to(args.device)
+
+    def unit():
+        synchronize(args)
+        started = time.perf_counter()
+        for _ in range(8):
+            with bench.autocast(args.device, "bfloat16"):
+                compiled(x, y)[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(args)
+        return (time.perf_counter() - started) / (8 * B * T)
+
+    unit(), unit()  # compile, warm up
+    return unit
+
+
+def peers(args):
+    """bench.py's training, sampling and HellaSwag."""
+    if args.tiny:
+        yield dict(skipped="peers are measured at 124M only")
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        for part in ("train", "sample", "hellaswag"):
+            if part == "hellaswag" and not args.hellaswag_data:
+                continue
+            out = f"{directory}/{part}.json"
+            command = [sys.executable, ROOT / "bench.py", part, "-d", args.device, "--json", out]
+            command += [word for peer in args.peer for word in ("--peer", peer)]
+            command += ["--hellaswag_data", args.hellaswag_data] if part == "hellaswag" else []
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+            rows = json.loads(Path(out).read_text())["rows"] if Path(out).exists() else []
+            yield {part: dict(rows=rows, error=done.stderr[-2000:] if done.returncode else "")}
+
+
+def recipe(args):
+    """250 steps of the 124M recipe on real shards: the validation loss, against the published one."""
+    from kit.record import read_curves
+
+    if args.tiny or not Path(args.data_dir).is_dir():
+        yield dict(skipped=f"no shards in {args.data_dir}")
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        flags = ["--total_batch_size", 524288, "--warmup_steps", 715, "--val_tokens", 10485760]
+        with Training(args, args.data_dir, f"{directory}/log", *flags) as run:
+            run.wait_for("step 250: val loss")
+            curves = read_curves(f"{directory}/log")
+        yield dict(val_loss_at_250=curves["val"][1][-1], train_loss=curves["train"][1][::10],
+                   tokens_per_second=statistics.median(curves["tok/s"][1]))
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def run_stage(name, args, seconds, keep):
+    """Run a stage in a process group of its own, for so long at most. keep: called with each result."""
+    request = json.dumps({**vars(args), "stage": name})
+    process = subprocess.Popen([sys.executable, __file__, "--stage", request], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    errors = []
+    reader = threading.Thread(target=lambda: errors.append(process.stderr.read()), daemon=True)
+    reader.start()
+    late = threading.Event()
+
+    def stop():
+        late.set()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    try:
+        for line in process.stdout:
+            keep(json.loads(line))
+        status = process.wait()
+    finally:
+        timer.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what the stage has started
+    reader.join(5)
+    if late.is_set():
+        keep(dict(unfinished="no time left"))
+    elif status:
+        keep(dict(error="".join(errors)[-2000:]))
+
+
+def main(args):
+    args.device = pick_device(args.device)
+    if args.device == "cpu" and not args.tiny:
+        raise UserError("--device cpu: only with --tiny; bench.py measures a CPU")
+    end = time.monotonic() + 60 * args.minutes
+    results = dict(machine(args.device), tiny=args.tiny, stages={})
+    for name in args.stages:
+        results["stages"][name] = stage = {}
+
+        def keep(result, name=name, stage=stage):
+            stage.update(result)
+            print(f"{name}: {json.dumps(result)[:300]}", flush=True)
+            with atomic_write(args.json) as file:
+                json.dump(results, file, indent=1)
+
+        left = end - time.monotonic()
+        if left < 5:
+            keep(dict(skipped="no time left"))
+        else:
+            started = time.monotonic()
+            run_stage(name, args, left, keep)
+            keep(dict(seconds=time.monotonic() - started))
+    print(f"results: {args.json}")
+
+
+def serve(request):
+    """Run a stage in this process and print each of its results as a line of JSON."""
+    args = Parser().parse_args([])
+    vars(args).update(json.loads(request))
+    results, sys.stdout = sys.stdout, sys.stderr
+    tune(args.device, training=True)
+    for result in globals()[args.stage](args):
+        print(json.dumps(result), file=results, flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    run_script(*((serve, sys.argv[2]) if args is None else (main, args)))
