@@ -347,7 +347,7 @@ def speedrun(arms, args):
         for i, arm in list(enumerate(arms))[:: 1 if (seed - args.first_seed) % 2 else -1]:
             log_dir = directory(arm, args, dict(seed=seed))
             if log_dir.exists():
-                raise UserError(f"{log_dir} exists: a speedrun starts anew, name another --out")
+                raise UserError(f"{log_dir} exists: a speedrun can't continue a run: name another --out")
             started = time.perf_counter()
             train([*arm.words, "--seed", str(seed), "--val_start", "0", "--val_tokens", "1000000000"],
                   log_dir, args)
