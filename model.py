@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kit import huggingface, optim, variants
 from kit.device import peak_flops
@@ -163,6 +164,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        # keep only the blocks' inputs for the backward pass, which then computes the blocks again
+        self.checkpoint_activations = False
         self.uncompiled_loss = None  # or a mean_loss outside torch.compile's graph: kit/device.py
         self.transformer = transformer = nn.ModuleDict()
         transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)  # of tokens
@@ -215,7 +218,10 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         shared = variants.share(self.config, positions, x)
         for block in self.transformer.h:
-            x = block(x, mask, cache, shared)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, cache, shared, use_reentrant=False)
+            else:
+                x = block(x, mask, cache, shared)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)

@@ -37,10 +37,13 @@ def parse_args(argv=None):
         help="evaluate and sample from log_dir's newest checkpoint, or the model of --init_from; no training")
     add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
-        help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32)")
+        help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32). "
+             "On a CPU with AMX, bfloat16 trains a 124M more than twice as fast")
     add("--compile", action=switch, help="torch.compile the model (default: yes, but not on mps)")
     add("--compile_mode", choices=("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
         help="torch.compile's mode: longer compilation, perhaps faster steps")
+    add("--checkpoint_activations", action=switch, default=False,
+        help="compute each block again in the backward pass: less memory, more time, the same results")
     add("--timeout", type=number(1, 1e8), default=600,
         help="seconds without an answer after which a rank counts as lost")
     add("--micro_batch_size", type=integer_or_auto(1), default=32, metavar="N",
@@ -360,6 +363,7 @@ def open_model(args, config, data, identity, newest, run, ranks):
     weights = meta.get("files", {}).get("model.safetensors", {}).get("digest")
     ranks.check_same({"start step": meta.get("step", 0), "weights": weights, **data.identity,
                       "HellaSwag examples": hellaswag.fingerprint(data.examples or [])})
+    model.checkpoint_activations = args.checkpoint_activations
     return model.to(ranks.device).train(), meta
 
 

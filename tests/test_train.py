@@ -511,3 +511,33 @@ def test_a_batch_that_does_not_fit_is_found_and_leaves_no_gradient(monkeypatch):
 def test_the_compile_mode_is_torch_compiles(monkeypatch, name):
     monkeypatch.setattr(torch, "compile", lambda model, **options: options)
     assert compile_model(make.small_gpt(), name, "max-autotune") == {"mode": "max-autotune"}
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--dropout", 0.2], ["--value_residual", "--x0_shortcut", "--position", "rope", "--mlp", "swiglu"],
+    pytest.param(["--compile"], marks=pytest.mark.slow),
+], ids=["plain", "dropout", "variants", "compiled"])
+def test_checkpointed_activations_change_no_bit(shards, tmp_path, flags):
+    plain = train(shards, tmp_path / "plain", *flags)
+    assert train(shards, tmp_path / "log", *flags, "--checkpoint_activations") == plain
+    assert weights(tmp_path / "log", "best") == weights(tmp_path / "plain", "best")
+
+
+def test_checkpointed_activations_are_not_kept():
+    """Of each block, only its input (B, T, C) is."""
+    model = make.small_gpt(n_layer=4).train()
+    x, y = torch.randint(96, (2, 4, 16))
+
+    def kept(checkpointed):
+        model.checkpoint_activations, sizes = checkpointed, {}
+
+        def pack(tensor):
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            features = model.features(x)
+        return sum(sizes.values()), features
+
+    everything, inputs = kept(False)[0], kept(True)[0]
+    assert inputs < everything / 5
