@@ -316,13 +316,15 @@ def sample_arm(name, device, batch_size, directory=None):
     return unit
 
 
+ARMS = dict(train=train_arm, hellaswag=hellaswag_arm, sample=sample_arm, matmul=matmul_arm)
+
+
 def arm(work, **settings):
     """Serve one arm: a line on stdin asks for the unit with that number, a line of JSON on stdout answers."""
     from kit.device import peak_memory
 
     answers, sys.stdout = sys.stdout, sys.stderr
-    arms = dict(train=train_arm, hellaswag=hellaswag_arm, sample=sample_arm, matmul=matmul_arm)
-    unit = arms[work](**settings)
+    unit = ARMS[work](**settings)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         answer = unit(int(line))
@@ -335,9 +337,11 @@ def arm(work, **settings):
 class Arm:
     """An arm in a process of its own. Calling it runs a unit."""
 
+    script = __file__
+
     def __init__(self, **settings):
         self.request, self.stderr = json.dumps(settings), tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen([sys.executable, __file__, "--arm", self.request], text=True,
+        self.process = subprocess.Popen([sys.executable, self.script, "--arm", self.request], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr)
         self.answer()
 
@@ -378,8 +382,12 @@ def compare(opponents, directories, rounds, limit, name="ours", **settings):
         with Arm(name=name, **settings) as arm:
             ours = [arm(i) for i in range(rounds)]
         for peer in opponents:
-            with theirs(peer) as arm:
-                results[peer] = ours, [arm(i) for i in range(rounds)], limits
+            try:
+                with theirs(peer) as arm:
+                    results[peer] = ours, [arm(i) for i in range(rounds)], limits
+            except SystemExit as error:  # out of memory, for example
+                print(f"  {peer} is left out: {error}", file=sys.stderr, flush=True)
+                continue
             print(f"  {settings['work']}: {peer} measured", file=sys.stderr, flush=True)
         return results
     with Arm(**limit) as limit, Arm(name=name, **settings) as mine:

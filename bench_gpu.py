@@ -3,9 +3,9 @@
     python bench_gpu.py --minutes 25 --json gpu.json
 
 Stages, each in a process of its own: `card` (matmul, copy), `tests` (tests/test_gpu.py), `train` (speed,
-memory, evaluation, stop and resume), `profile` (where the time goes), `choices` (other settings, in turn),
-`peers` (bench.py) and, with real shards, `recipe` (250 steps of the 124M recipe). The JSON file is rewritten
-after each result, so that an interrupted command keeps what it has measured.
+memory, evaluation, stop and resume), `profile` (where the time goes), `peers` (bench.py), `choices` (other
+settings, in turn with the default) and, with real shards, `recipe` (250 steps of the 124M recipe). The JSON
+file is rewritten after each result, so that an interrupted command keeps what it has measured.
 """
 
 import json
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from kit.flags import Parser, from_command_line, number
 
-STAGES = ("card", "tests", "train", "profile", "choices", "peers", "recipe")
+# the stages, and how many seconds each may take
+STAGES = dict(card=60, tests=360, train=240, profile=150, peers=480, choices=480, recipe=900)
 ROOT = Path(__file__).parent
 # of the train and profile stages: 124M at a tenth of its batch, or a tiny model for a test on a CPU
 FULL = "--total_batch_size 131072 --val_tokens 131072"
@@ -32,7 +33,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--minutes", type=number(0.1), default=25.0, help="stop after this time")
     add("--json", metavar="OUT", default="bench_gpu.json", help="file of the results")
-    add("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE",
+    add("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
         help=f"which of {', '.join(STAGES)}")
     add("-d", "--device", default="cuda", help="cuda, or cpu with --tiny")
     add("--peer", action="append", default=[], metavar="NAME=DIR", help="as in bench.py")
@@ -46,7 +47,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    args = from_command_line(parse_args) if sys.argv[1:2] != ["--stage"] else None
+    args = from_command_line(parse_args) if sys.argv[1:2] not in (["--stage"], ["--arm"]) else None
 
 import contextlib
 import tempfile
@@ -57,26 +58,21 @@ import torch
 
 import bench
 from kit import loss
-from kit.device import compile_model, machine, memory_of, peak_memory, pick_device, tune
+from kit.device import compile_model, machine, memory_of, pick_device, tune
 from kit.files import UserError, atomic_write, run_script
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------- the stages: each yields results
 
 
-def synchronize(args):
-    if args.device != "cpu":
-        torch.cuda.synchronize()
-
-
 def seconds_of(call, args, repeat):
     """Seconds per call, after one to warm up."""
     call()
-    synchronize(args)
+    bench.synchronize(args.device)
     started = time.perf_counter()
     for _ in range(repeat):
         call()
-    synchronize(args)
+    bench.synchronize(args.device)
     return (time.perf_counter() - started) / repeat
 
 
@@ -184,94 +180,84 @@ def profile(args):
         yield dict(table=Path(directory, "log", "profile.txt").read_text())
 
 
-@contextlib.contextmanager
-def patched(owner, name, value):
-    """owner.name is `value` within the context."""
-    old = owner[name] if isinstance(owner, dict) else getattr(owner, name)
-    put = owner.__setitem__ if isinstance(owner, dict) else lambda name, value: setattr(owner, name, value)
-    put(name, value)
-    try:
-        yield
-    finally:
-        put(name, old)
-
-
 def bf16_residuals(model):
     """The residual stream in bf16, as in llm.c: half the bytes, fewer digits."""
     model.transformer.drop.register_forward_hook(lambda module, inputs, x: x.to(torch.bfloat16))
 
 
-def choices(args):
-    """Settings against the default, one at a time, in turn with it: how many times as fast each is."""
-    T, B = (32, 8) if args.tiny else (1024, 32)
-    cudnn = torch.backends.cuda.enable_cudnn_sdp
-    nothing, slices = contextlib.nullcontext, loss.LOGITS_AT_ONCE
-    alternatives = {
-        "residual stream in bf16": (nothing, bf16_residuals, {}),
-        "head: dX = dlogits @ w": (lambda: patched(loss, "gradient_of_x", lambda g, w: g @ w), None, {}),
-        "slices of 2**27 logits": (lambda: patched(slices, args.device, 2**27), None, {}),
-        "slices of 2**30 logits": (lambda: patched(slices, args.device, 2**30), None, {}),
-        "attention without cuDNN": (lambda: contextlib.closing(Switch(cudnn)), None, {}),
-        "twice the micro-batch": (nothing, None, dict(B=2 * B)),
-        "max-autotune-no-cudagraphs": (nothing, None, dict(mode="max-autotune-no-cudagraphs")),
-    }
-    torch._dynamo.config.recompile_limit = 64  # one graph for each alternative
-    default = training_unit(args, B, T)
-    for name, (context, change, more) in alternatives.items():
-        ratios = []
-        try:
-            with context():
-                alternative = training_unit(args, **{"B": B, "T": T, **more}, change=change)
-            for _ in range(3):
-                before = default()  # outside of the context, within which it would be compiled again
-                if args.device != "cpu":
-                    torch.cuda.reset_peak_memory_stats()
-                with context():
-                    ratios.append(before / alternative())
-            yield {name: dict(times_as_fast=bench.spread(ratios), peak_memory_bytes=peak_memory(args.device))}
-        except RuntimeError as error:  # out of memory, for example
-            yield {name: dict(error=str(error)[:500])}
-        alternative = None
-        if args.device != "cpu":
-            torch.cuda.empty_cache()
+def set_logits_at_once(count):
+    loss.LOGITS_AT_ONCE.update(cuda=count, cpu=count)
 
 
-class Switch:
-    """Switches a setting of torch off until it is closed."""
+# what differs from the default: in the process, in the model, in the arguments of training_arm
+CHOICES = {
+    "residual stream in bf16": (None, bf16_residuals, {}),
+    "head: dX = dlogits @ w": (lambda: setattr(loss, "gradient_of_x", lambda g, w: g @ w), None, {}),
+    "slices of 2**27 logits": (lambda: set_logits_at_once(2**27), None, {}),
+    "slices of 2**30 logits": (lambda: set_logits_at_once(2**30), None, {}),
+    "attention without cuDNN": (lambda: torch.backends.cuda.enable_cudnn_sdp(False), None, {}),
+    "twice the micro-batch": (None, None, dict(scale=2)),
+    "max-autotune-no-cudagraphs": (None, None, dict(mode="max-autotune-no-cudagraphs")),
+}
 
-    def __init__(self, setting):
-        self.setting = setting
-        setting(False)
 
-    def close(self):
-        self.setting(True)
+class Arm(bench.Arm):
+    """A training_arm in a process of its own: compiled code must not be shared between choices."""
+
+    script = __file__
 
 
-def training_unit(args, B, T, mode=None, change=None):
-    """A function that trains on 8 micro-batches and returns the seconds per token. change: of the model."""
+def training_arm(device, tiny, choice=None, mode=None, scale=1):
+    """A unit is an optimizer step on 8 micro-batches; it takes so many seconds per token."""
+    process, change, more = CHOICES.get(choice, (None, None, {}))
+    if more:
+        return training_arm(device, tiny, **more)
+    tune(device, training=True)
+    if process:
+        process()
+    B, T = (8 * scale, 32) if tiny else (32 * scale, 1024)
     torch.manual_seed(0)
-    config = GPTConfig(T, 512, 2, 2, 32) if args.tiny else GPTConfig()
-    model = GPT(config).to(args.device)
+    model = GPT(GPTConfig(T, 512, 2, 2, 32) if tiny else GPTConfig()).to(device)
     if change:
         change(model)
-    optimizer = model.configure_optimizers(0.1, 6e-4, args.device)
-    compiled = model if args.tiny else compile_model(model, args.device, mode)
-    x, y = torch.randint(500, (2, B, T)).to(args.device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, device)
+    compiled = compile_model(model, "cuda", mode)  # with a GPU's settings on a CPU too
+    x, y = torch.randint(500, (2, B, T)).to(device)
 
-    def unit():
-        synchronize(args)
+    def unit(number):
+        bench.synchronize(device)
         started = time.perf_counter()
         for _ in range(8):
-            with bench.autocast(args.device, "bfloat16"):
-                compiled(x, y)[1].backward()
+            with bench.autocast(device, "bfloat16"):
+                result = compiled(x, y)[1]
+            result.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        synchronize(args)
-        return (time.perf_counter() - started) / (8 * B * T)
+        bench.synchronize(device)
+        return dict(seconds=(time.perf_counter() - started) / (8 * B * T), loss=result.item())
 
-    unit(), unit()  # compile, warm up
+    unit(0), unit(0)  # compile, warm up
     return unit
+
+
+def choices(args):
+    """Settings against the default, one at a time, in turn with it: how many times as fast each is."""
+    settings = dict(work="choice", device=args.device, tiny=args.tiny)
+    with Arm(**settings) as default:
+        for choice in CHOICES:
+            try:
+                with Arm(**settings, choice=choice) as alternative:
+                    pairs = [(default(i), alternative(i)) for i in range(3)]
+            except SystemExit as error:  # out of memory, for example
+                yield {choice: dict(error=str(error)[:500])}
+                continue
+            ratios = bench.spread([one["seconds"] / other["seconds"] for one, other in pairs])
+            yield {choice: dict(times_as_fast=ratios, peak_memory_bytes=pairs[0][1]["peak_bytes"],
+                                loss=pairs[-1][1]["loss"], loss_of_default=pairs[-1][0]["loss"])}
+
+
+bench.ARMS["choice"] = training_arm
 
 
 def peers(args):
@@ -338,7 +324,7 @@ def run_stage(name, args, seconds, keep):
             os.killpg(process.pid, signal.SIGKILL)  # what the stage has started
     reader.join(5)
     if late.is_set():
-        keep(dict(unfinished="no time left"))
+        keep(dict(unfinished=f"stopped after {seconds:.0f} s"))
     elif status:
         keep(dict(error="".join(errors)[-2000:]))
 
@@ -363,7 +349,7 @@ def main(args):
             keep(dict(skipped="no time left"))
         else:
             started = time.monotonic()
-            run_stage(name, args, left, keep)
+            run_stage(name, args, min(left, STAGES[name]), keep)
             keep(dict(seconds=time.monotonic() - started))
     print(f"results: {args.json}")
 
@@ -380,4 +366,9 @@ def serve(request):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    run_script(*((serve, sys.argv[2]) if args is None else (main, args)))
+    if sys.argv[1:2] == ["--arm"]:
+        run_script(lambda request: bench.arm(**json.loads(request)), sys.argv[2])
+    elif sys.argv[1:2] == ["--stage"]:
+        run_script(serve, sys.argv[2])
+    else:
+        run_script(main, args)

@@ -54,7 +54,6 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 
 from kit import huggingface, nanogpt, recipe
-from kit.device import copy_to_cpu
 from kit.divergence import remedy
 from kit.files import (
     UserError,
@@ -329,7 +328,9 @@ class Saver:
                 self.raw_model, progress, self.tokenizer, optimizer, identity=self.identity,
                 dtype=self.precision.name, scaler=self.precision.scaler.state_dict())
             if self.run.background.on:
-                tensors = {file: copy_to_cpu(content) for file, content in tensors.items()}
+                # not into pinned memory: torch would round it up to powers of two, and keep it
+                tensors = {file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in each.items()}
+                           for file, each in tensors.items()}
             self.run.background.submit(self.write, self.run.log_dir / name, progress.step, tensors, *others)
         self.ranks.barrier()
 

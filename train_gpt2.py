@@ -37,10 +37,11 @@ def parse_args(argv=None):
         help="evaluate and sample from log_dir's newest checkpoint, or the model of --init_from; no training")
     add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
-        help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32). "
-             "On a CPU with AMX, bfloat16 trains a 124M more than twice as fast")
+        help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32; "
+             "on a CPU with AMX, bfloat16 trains a 124M twice as fast)")
     add("--compile", action=switch, help="torch.compile the model (default: yes, but not on mps)")
-    add("--compile_mode", choices=("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    # the modes with CUDA graphs overwrite the gradient of the previous micro-batch
+    add("--compile_mode", choices=("max-autotune-no-cudagraphs",),
         help="torch.compile's mode: longer compilation, perhaps faster steps")
     add("--checkpoint_activations", action=switch, default=False,
         help="compute each block again in the backward pass: less memory, more time, the same results")
@@ -266,6 +267,7 @@ def open_data(args, ranks):
     with ranks.first_goes_ahead():
         if ranks.local_rank == 0:  # each machine may have a disk of its own
             shards.verify_changed(args.data_dir)
+    ranks.barrier()  # another machine's disk may be slow
     if args.vocab_size and num_tokens > args.vocab_size and not args.init_from:
         raise UserError(f"--vocab_size {args.vocab_size}: the tokenizer of {args.data_dir} has {num_tokens} "
                         "ids; leave the flag out")
@@ -381,7 +383,7 @@ def open_optimizer(args, raw_model, newest, meta, precision, ranks):
     return optimizer
 
 
-def with_micro_batch_size(args, data, raw_model, precision, ranks):
+def with_micro_batch_size(args, data, raw_model, optimizer, precision, ranks):
     """The flags, with a number instead of --micro_batch_size auto: the largest power of two that fits."""
     if args.micro_batch_size != "auto":
         return args
@@ -389,7 +391,9 @@ def with_micro_batch_size(args, data, raw_model, precision, ranks):
     most = 4096 // args.sequence_length if type_of(ranks.device) == "cpu" else windows  # more gains nothing
     while 2 * B <= most and windows % (2 * B) == 0:
         batch = data.train.batch(0, 2 * B)
-        if ranks.max(not fits_into_memory(raw_model, batch, precision, ranks.device)):
+        # not there yet: AdamW's two moments, unless the run is resumed, and DDP's buckets
+        missing = 2 * (not optimizer.state_dict()["state"]) + ranks.distributed
+        if ranks.max(not fits_into_memory(raw_model, batch, precision, ranks.device, missing)):
             break
         B *= 2
     data.train.B = data.val.B = B
@@ -465,7 +469,7 @@ def train(args, at_exit):
     raw_model, meta = open_model(args, model_config(args), data, identity, newest, run, ranks)
     precision = Precision(ranks.device, args.dtype)
     optimizer = open_optimizer(args, raw_model, newest, meta, precision, ranks)
-    args = with_micro_batch_size(args, data, raw_model, precision, ranks)
+    args = with_micro_batch_size(args, data, raw_model, optimizer, precision, ranks)
     micro_steps = grad_accum_steps(args, ranks)
     validation = Validation(data.val, data.val_windows, precision, ranks, args.val_every and data.tokenizer)
     compiled, model = wrap_model(args, raw_model, data, validation, precision, ranks)

@@ -78,8 +78,9 @@ def machine(device):
                  attention=attention_backend(device, dtype, head_size=64))
     if type_of(device) == "cuda":
         driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts |= dict(cudnn=torch.backends.cudnn.version(),
-                      driver=subprocess.run(driver, capture_output=True, text=True).stdout.strip())
+        facts["cudnn"] = torch.backends.cudnn.version()
+        with contextlib.suppress(OSError):  # some containers lack nvidia-smi
+            facts["driver"] = subprocess.run(driver, capture_output=True, text=True).stdout.strip()
     return facts
 
 
@@ -117,17 +118,6 @@ def peak_memory(device):
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def copy_to_cpu(tensors):
-    """Copies of tensors, {name: tensor}, in CPU memory; those of a GPU in pinned memory, which is faster."""
-    copies = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-              for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        copies[name].copy_(tensor.detach(), non_blocking=True)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
-    return copies
 
 
 def tune(device, training=False):
@@ -211,14 +201,14 @@ def out_of_memory(error):
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(words, str(error)))
 
 
-def fits_into_memory(model, batch, precision, device):
+def fits_into_memory(model, batch, precision, device, missing):
     """Whether a training step of this batch (inputs, targets) fits into a GPU's memory, by trying it.
 
-    Uncompiled: compiled, it takes less. The space of AdamW's two moments is set aside, as they come later.
+    Uncompiled: compiled, it takes less. missing: how many tensors per parameter will be allocated later.
     """
-    moments = x = y = loss = None
+    later = x = y = loss = None
     try:
-        moments = [torch.empty_like(p) for p in (*model.parameters(), *model.parameters())]
+        later = [torch.empty_like(p) for p in model.parameters() for _ in range(missing)]
         x, y = (to_device(tokens, device) for tokens in batch)
         with precision.autocast:
             _, loss = model(x, y)
@@ -230,7 +220,7 @@ def fits_into_memory(model, batch, precision, device):
         return False
     finally:
         model.zero_grad()
-        del moments, x, y, loss
+        del later, x, y, loss
         if type_of(device) == "cuda":
             torch.cuda.empty_cache()
 

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-# logits held in memory at a time, counted as fp32 values: 128 MiB on a CPU, 1 GiB on an NVIDIA GPU
+# logits computed at a time, in fp32: 128 MiB on a CPU, 1 GiB on an NVIDIA GPU. A compiled graph with several
+# slices may hold more than one of them
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28, "mps": 2**26}
 
 

@@ -22,7 +22,7 @@ from kit.files import UserError, first_line
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LONGEST_WAIT = datetime.timedelta(days=7)  # for another rank's downloads, checks and saves
 # found in the errors of gloo and NCCL when a rank has died or hangs
-LOST_RANK = re.compile("by peer|[Tt]imed out|Broken pipe|ncclRemoteError|ncclSystemError|"
+LOST_RANK = re.compile("by (remote )?peer|[Tt]imed out|Broken pipe|ncclRemoteError|remote process exited|"
                        "NCCL communicator was aborted|atchdog caught collective operation timeout")
 GRACE = 20  # seconds after SIGTERM to wait for a GPU that a lost rank blocks; torchrun kills after 30
 
@@ -73,7 +73,8 @@ class Ranks:
             nccl = {}
             if self.device.startswith("cuda") and self.can_use_nccl():
                 nccl = dict(backend="nccl", device_id=torch.device(self.device))
-            self.group = dist.new_group(timeout=timeout, **nccl)
+            # twice as long, so that `read` ends a hang: NCCL's own watchdog would abort the process
+            self.group = dist.new_group(timeout=2 * timeout if nccl else timeout, **nccl)
 
     def can_use_nccl(self):
         """Whether the ranks' GPUs can exchange gradients directly. If not, rank 0 says why."""
@@ -248,13 +249,20 @@ def integer_variable(name, default):
         raise UserError(f"the environment variable {name} is {value!r}, not a number: unset it") from None
 
 
-def explain_lost_rank(error, timeout):
-    """One sentence if a RuntimeError means that another rank died or hangs, else None. timeout: seconds."""
-    distributed = bool(os.environ.get("RANK"))
-    if not distributed or not isinstance(error, dist.DistError) and not LOST_RANK.search(str(error)):
+def explain_failed_exchange(error, timeout):
+    """One sentence if a RuntimeError means that an exchange between ranks failed, else None.
+
+    Another rank has died or hangs, or NCCL can't work on this machine. timeout: seconds.
+    """
+    if not os.environ.get("RANK"):
+        return None
+    if isinstance(error, dist.DistBackendError) and not LOST_RANK.search(str(error)):
+        reason = str(error).rpartition("Last error:")[2].strip() or first_line(error)
+        return f"NCCL failed: {' '.join(reason.split())}; NCCL_DEBUG=INFO shows more"
+    if not isinstance(error, dist.DistError) and not LOST_RANK.search(str(error)):
         return None
     return (f"rank {os.environ.get('RANK')} lost contact with another rank, which died or did not answer for "
-            f"--timeout {timeout:g} seconds ({first_line(error)})")
+            f"--timeout {timeout:g} seconds ({first_line(error)}); continue with --resume")
 
 
 def torchrun_id():

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from kit import recipe, shards
 from kit.device import attention_backend, memory_of, name_of, out_of_memory, peak_memory, type_of
 from kit.files import UNUSABLE_PATH, UserError, count, first_line
-from kit.ranks import explain_lost_rank
+from kit.ranks import explain_failed_exchange
 from kit.scores import with_error
 
 
@@ -174,10 +174,11 @@ def explain_errors(timeout):
         if out_of_memory(error):
             raise UserError("out of memory: halve --micro_batch_size (the batches stay the same), or train a "
                             "smaller model") from error
-        explanation = explain_lost_rank(error, timeout)
+        explanation = explain_failed_exchange(error, timeout)
         if explanation is None:
             raise
-        sys.exit(f"error: {explanation}; continue with --resume")
+        print(f"error: {explanation}", file=sys.stderr, flush=True)  # torchrun may kill this rank soon
+        sys.exit(1)
     except OSError as error:
         if error.errno in UNUSABLE_PATH:
             raise

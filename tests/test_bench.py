@@ -82,6 +82,9 @@ def test_the_plan_for_a_gpu_runs_through(tmp_path):
     assert "aten::mm" in stages["profile"]["table"]
     results = [value for value in stages["choices"].values() if isinstance(value, dict)]
     assert len(results) == 7 and all("times_as_fast" in result for result in results)
+    losses = {name: result["loss"] for name, result in stages["choices"].items() if name != "seconds"}
+    # in 16 bits another dtype of the residual stream gives another loss: the change has reached the graph
+    assert losses["residual stream in bf16"] != losses["slices of 2**27 logits"]
 
 
 def test_the_plan_for_a_gpu_keeps_its_results_when_it_is_killed(tmp_path):
@@ -101,4 +104,4 @@ def test_the_plan_for_a_gpu_ends_in_time(tmp_path):
     run_script("bench_gpu.py", "--device", "cpu", "--tiny", "--minutes", 0.1, "--stages", "train", "profile",
                "--json", tmp_path / "gpu.json")
     stages = read(tmp_path / "gpu.json")
-    assert stages["train"]["unfinished"] == stages["profile"]["skipped"] == "no time left"
+    assert "stopped after" in stages["train"]["unfinished"] and stages["profile"]["skipped"]

@@ -113,7 +113,7 @@ def test_a_rank_does_not_wait_for_its_gpu_for_ever(monkeypatch, signal_after, ti
         ranks.read(torch.zeros(2), stop)
     assert seconds <= time.monotonic() - started < seconds + 5
     monkeypatch.setenv("RANK", "0")
-    assert "lost contact" in kit.ranks.explain_lost_rank(raised.value, timeout)
+    assert "lost contact" in kit.ranks.explain_failed_exchange(raised.value, timeout)
 
 
 @pytest.mark.parametrize("message", [  # reported in pytorch issue 118369, nccl issue 795
@@ -122,7 +122,22 @@ def test_a_rank_does_not_wait_for_its_gpu_for_ever(monkeypatch, signal_after, ti
     "NCCL error in: ProcessGroupNCCL.cpp:1331, remote process exited or there was a network error, "
     "NCCL version 2.14.3\nncclRemoteError: A call failed possibly due to a network error",
     "NCCL communicator was aborted on rank 1.",
+    "NCCL error in: ProcessGroupNCCL.cpp:2251, unhandled system error, NCCL version 2.21.5\nncclSystemError: "
+    "System call failed.\nLast error:\nsocketProgress: Connection closed by remote peer host<41234>",
 ])
 def test_nccls_errors_are_explained(monkeypatch, message):
     monkeypatch.setenv("RANK", "1")
-    assert "rank 1 lost contact" in kit.ranks.explain_lost_rank(RuntimeError(message), 600)
+    assert "rank 1 lost contact" in kit.ranks.explain_failed_exchange(
+        torch.distributed.DistBackendError(message), 600)
+
+
+def test_an_error_of_nccl_that_is_no_lost_rank_shows_its_reason(monkeypatch):
+    """--resume would not help: for example the 64 MB of shared memory of a container are full."""
+    monkeypatch.setenv("RANK", "1")
+    error = torch.distributed.DistBackendError(
+        "NCCL error in: ProcessGroupNCCL.cpp:2251, unhandled system error, NCCL version 2.21.5\n"
+        "ncclSystemError: System call failed.\nLast error:\n"
+        "Error while creating shared memory segment /dev/shm/nccl-a1 (size 9637888)")
+    assert kit.ranks.explain_failed_exchange(error, 600) == (
+        "NCCL failed: Error while creating shared memory segment /dev/shm/nccl-a1 (size 9637888); "
+        "NCCL_DEBUG=INFO shows more")

@@ -2,7 +2,7 @@
 
 Skipped unless torch was built for CUDA. It needs no GPU, but an environment of its own (several GB):
 
-    python -m venv ENV && ENV/bin/pip install "torch==2.15.*" && ENV/bin/pip install -r requirements-dev.txt
+    python -m venv ENV && ENV/bin/pip install "torch>=2.14,<2.16" -r requirements-dev.txt
     ENV/bin/python -m pytest -n 0 tests/test_fake_cuda.py
 
 The backward pass itself can't run, since autograd's engine asks the driver for the device. The backward of

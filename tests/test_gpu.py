@@ -63,7 +63,7 @@ def test_loss_and_gradients_are_the_cpus(vocab_size):
 
 
 def test_compiled_is_eager_at_124m():
-    """Loss and gradient norm of each parameter, in the precision of training."""
+    """Loss and gradients, in the precision of training."""
     torch.manual_seed(0)
     model = GPT(GPTConfig()).to(DEVICE).train()
     x, y = torch.randint(50257, (2, 4, 1024)).to(DEVICE)
@@ -73,8 +73,9 @@ def test_compiled_is_eager_at_124m():
         with torch.autocast(DEVICE, torch.bfloat16):
             loss = version(x, y)[1]
         loss.backward()
-        found.append([loss.item(), *(p.grad.norm().item() for p in model.parameters())])
-    assert found[1] == pytest.approx(found[0], rel=0.02)
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for one, other in zip(*found):
+        assert (one - other).norm() <= 0.02 * one.norm()
 
 
 def test_a_run_follows_the_cpus(on_device, whole):
@@ -144,9 +145,9 @@ def test_two_ranks_over_nccl(on_device, shards, tmp_path):
 @two_gpus
 @pytest.mark.parametrize("act, timeout", [("kill", 600), ("hang", 15)])
 def test_a_rank_lost_over_nccl_ends_the_other_with_the_reason(shards, tmp_path, act, timeout):
-    flags = flags_of(shards, tmp_path / "log", "--device", DEVICE, "--micro_batch_size", 2,
+    flags = flags_of(shards, tmp_path / "log", "--device", DEVICE, "--no-compile", "--micro_batch_size", 2,
                      "--timeout", timeout)
     process = run_script("torchrun", 2, "train_gpt2.py", *flags, check=False,
-                         fault=f"if RANK == 1: at_step(6, {act})")
+                         fault=f'if RANK == 1: while_others_wait_for("gradients", {act})')
     assert process.returncode == 1
     assert "rank 0 lost contact" in process.stderr and "continue with --resume" in process.stderr

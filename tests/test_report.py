@@ -85,7 +85,7 @@ def test_memory_that_does_not_suffice_is_one_line(shards, tmp_path, monkeypatch,
         raise error
 
     monkeypatch.setattr(GPT, "forward", forward)
-    monkeypatch.setattr(train_gpt2, "compile_model", lambda model, device: model)
+    monkeypatch.setattr(train_gpt2, "compile_model", lambda model, *_: model)
     process = run_here(train_gpt2, *flags_of(shards, tmp_path / "log", "--val_every", 0, compiling))
     assert_refused(process, "out of memory: halve --micro_batch_size")
     assert ("compiling: a minute or more" in process.stdout) == (compiling == "--compile")
