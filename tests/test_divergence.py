@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import (
     assert_close,
     assert_finite,
@@ -22,6 +23,7 @@ import checkpoint
 import train_gpt2
 from checkpoint import Progress
 from kit.divergence import remedy, watch_loss
+from model import GPT
 from train_gpt2 import DataLoaderLite
 
 
@@ -119,3 +121,19 @@ def test_a_run_stops_on_divergence_if_it_is_asked_to(shards, tmp_path):
     assert (step, "train") in train(shards, tmp_path / "goes_on", *flags)
     meta = checkpoint.read_meta(checkpoint.numbered(tmp_path / "goes_on")[0])  # a resumed run remembers it
     assert meta["step"] == 40 and meta["diverged"] and meta["smoothed"] > meta["lowest"] + 1
+
+
+def test_in_fp16_a_gradient_that_no_scale_makes_finite_stops_the_run(shards, tmp_path, monkeypatch):
+    """The scaler halves its scale from 2**16 at each skipped step; below 1 the run stops, and says why."""
+    features = GPT.features
+
+    def infinite(self, *args, **named):
+        x = features(self, *args, **named)
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient * torch.inf)
+        return x
+
+    monkeypatch.setattr(GPT, "features", infinite)
+    flags = flags_of(shards, tmp_path / "log", "--dtype", "float16", "--max_steps", 40)
+    process = run_here(train_gpt2, *flags)
+    assert_refused(process, "step 16 has loss", "gradient norm", "lower --max_lr")
