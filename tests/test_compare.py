@@ -122,7 +122,7 @@ def test_a_speedrun_times_whole_commands(shards, tmp_path):
     assert process.returncode == 0, process.stderr
     rows = [line.split("|") for line in (out / "report.md").read_text().splitlines() if "base" in line]
     assert "above the target" in rows[0][2] and float(rows[0][3].split()[0]) > 1 and "1.000" in rows[1][4]
-    assert_refused(run_here(compare, *command), "a speedrun can't continue a run, name another --out")
+    assert_refused(run_here(compare, *command), "a speedrun can't continue a run: name another --out")
 
 
 @pytest.mark.parametrize("words, reason", [
