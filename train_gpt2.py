@@ -120,6 +120,7 @@ from kit.device import (
 )
 from kit.divergence import remedy, skip_or_stop, watch_loss
 from kit.files import UserError, first_line, run_script, unbreakable_output
+from kit.optim import state_tensors
 from kit.profiling import Profile
 from kit.ranks import Ranks, StopRequested, StopSignal
 from kit.report import Report, explain_errors, waiting
@@ -325,10 +326,11 @@ def load_hellaswag(args, ranks):
 
 def with_vocab_size(args, data, newest):
     """The flags, with the --vocab_size of the checkpoint `newest`, if any, or one that fits the data."""
+    if args.vocab_size:
+        return args
     saved = checkpoint.read_meta(newest, digests=False).get("identity", {}) if newest else {}
     padded = math.ceil(data.num_tokens / 128) * 128  # for faster matmuls on GPUs
-    size = args.vocab_size or saved.get("vocab_size") or padded
-    return argparse.Namespace(**{**vars(args), "vocab_size": size})
+    return argparse.Namespace(**{**vars(args), "vocab_size": saved.get("vocab_size") or padded})
 
 
 def open_model(args, config, data, identity, newest, run, ranks):
@@ -389,10 +391,10 @@ def with_micro_batch_size(args, data, raw_model, optimizer, precision, ranks):
         return args
     B, windows = 1, args.total_batch_size // args.sequence_length // ranks.world_size
     most = 4096 // args.sequence_length if type_of(ranks.device) == "cpu" else windows  # more gains nothing
+    # not there yet: AdamW's two moments, unless the run is resumed, and DDP's buckets
+    missing = 2 * (not state_tensors(optimizer)) + ranks.distributed
     while 2 * B <= most and windows % (2 * B) == 0:
         batch = data.train.batch(0, 2 * B)
-        # not there yet: AdamW's two moments, unless the run is resumed, and DDP's buckets
-        missing = 2 * (not optimizer.state_dict()["state"]) + ranks.distributed
         if ranks.max(not fits_into_memory(raw_model, batch, precision, ranks.device, missing)):
             break
         B *= 2

@@ -476,6 +476,10 @@ def test_auto_takes_the_largest_micro_batch_that_fits(shards, whole, tmp_path, m
         return tried[-1] <= 2
 
     monkeypatch.setattr(train_gpt2, "fits_into_memory", fits)
+    train(shards, tmp_path / "muon", "--micro_batch_size", "auto", "--optimizer", "muon", "--max_steps", 3)
+    assert tried == [2, 4]
+    tried.clear()
+    capsys.readouterr()
     log = train(shards, tmp_path / "log", "--micro_batch_size", "auto")
     assert tried == [2, 4]
     assert "2 sequences x 32 tokens x 1 rank x 4 micro-batches" in capsys.readouterr().out
