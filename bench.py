@@ -594,13 +594,18 @@ def first_step(device, directory, cache):
     sys.exit(f"error: train_gpt2.py ended: {''.join(lines)[-2000:]}")
 
 
-def bench_start(args):
+def make_shards(directory, count):
+    """A val and a train shard of `count` random tokens in place of text: they take as long."""
     import numpy as np
 
+    tokens = np.random.default_rng(0).integers(50257, size=count, dtype=np.uint16)
+    for split in ("val", "train"):
+        np.save(f"{directory}/edu_{split}_000000.npy", tokens)
+
+
+def bench_start(args):
     with tempfile.TemporaryDirectory() as directory:
-        tokens = np.random.default_rng(0).integers(50257, size=10**6, dtype=np.uint16)
-        for split in ("val", "train"):
-            np.save(f"{directory}/edu_{split}_000000.npy", tokens)
+        make_shards(directory, 10**6)
         for kind in ("cold", "warm"):
             taken = first_step(args.device, directory, f"{directory}/cache")
             yield row(f"train_gpt2.py to step 0, cache {kind}", "s", [taken], {})

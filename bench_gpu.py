@@ -125,22 +125,13 @@ class Training:
         self.process.wait()
 
 
-def make_shards(directory):
-    """Random tokens in place of text: they take as long."""
-    import numpy as np
-
-    tokens = np.random.default_rng(0).integers(50257, size=10**7, dtype=np.uint16)
-    for split, count in (("val", 10**6), ("train", len(tokens))):
-        np.save(f"{directory}/edu_{split}_000000.npy", tokens[:count])
-
-
 def train(args):
     """30 steps with an evaluation and a save, a stop by SIGTERM, and a resume."""
     from kit.record import read_curves, read_record
 
     steps, flags = 30, ["--max_steps", 30, "--val_every", 10, "--save_every", 10]
     with tempfile.TemporaryDirectory() as directory:
-        make_shards(directory)
+        bench.make_shards(directory, 10**7)
         log_dir = f"{directory}/log"
         with Training(args, directory, log_dir, *flags) as run:
             begin = run.wait_for("parameters,")  # compiled by now
@@ -159,9 +150,8 @@ def train(args):
                    peak_memory_bytes=record["peak_memory_bytes"], attention=record["attention"],
                    compiled=record["compiled"], parameters=record["parameters"],
                    seconds_of_evaluation_and_save=after - before - step,
+                   model_flops=record["flops_per_token"] * speed,
                    stop=dict(status=status, seconds=stopped))
-        model_flops = record["flops_per_token"] * speed
-        yield dict(model_flops=model_flops)
         with Training(args, directory, log_dir, *flags, "--resume") as run:
             run.wait_for("resuming")
             run.wait_for("finished")
@@ -173,7 +163,7 @@ def train(args):
 def profile(args):
     """Ten steps under torch.profiler: the table."""
     with tempfile.TemporaryDirectory() as directory:
-        make_shards(directory)
+        bench.make_shards(directory, 10**7)
         flags = ["--max_steps", 16, "--profile", 10, "--val_every", 0, "--save_every", 0]
         with Training(args, directory, f"{directory}/log", *flags) as run:
             run.wait_for("finished")
@@ -189,7 +179,7 @@ def set_logits_at_once(count):
     loss.LOGITS_AT_ONCE.update(cuda=count, cpu=count)
 
 
-# what differs from the default: in the process, in the model, in the arguments of training_arm
+# what differs from the default: in the process, in the model, in micro-batch (scale) or compilation (mode)
 CHOICES = {
     "residual stream in bf16": (None, bf16_residuals, {}),
     "head: dX = dlogits @ w": (lambda: setattr(loss, "gradient_of_x", lambda g, w: g @ w), None, {}),
@@ -207,11 +197,10 @@ class Arm(bench.Arm):
     script = __file__
 
 
-def training_arm(device, tiny, choice=None, mode=None, scale=1):
+def training_arm(device, tiny, choice=None):
     """A unit is an optimizer step on 8 micro-batches; it takes so many seconds per token."""
     process, change, more = CHOICES.get(choice, (None, None, {}))
-    if more:
-        return training_arm(device, tiny, **more)
+    scale = more.get("scale", 1)
     tune(device, training=True)
     if process:
         process()
@@ -221,7 +210,7 @@ def training_arm(device, tiny, choice=None, mode=None, scale=1):
     if change:
         change(model)
     optimizer = model.configure_optimizers(0.1, 6e-4, device)
-    compiled = compile_model(model, "cuda", mode)  # with a GPU's settings on a CPU too
+    compiled = compile_model(model, "cuda", more.get("mode"))  # with a GPU's settings on a CPU too
     x, y = torch.randint(500, (2, B, T)).to(device)
 
     def unit(number):
