@@ -66,6 +66,7 @@ from kit.files import (
     temporary_path,
 )
 from kit.optim import load_state, state_tensors
+from kit.ranks import Ranks
 from model import GPT, GPT2_SIZES, GPTConfig
 from tokenizer import END_OF_TEXT, get_tokenizer, ordinary_tokens, special_tokens, without_tokens
 
@@ -213,11 +214,19 @@ def read_meta(path, digests=True):
 def load(path, device="cpu"):
     """Read a checkpoint: (model in eval mode on `device`, meta.json as a dict). Raises DamagedCheckpoint."""
     meta = read_meta(path)
+    return build_model(path, meta, lambda: load_tensors(Path(path) / "model.safetensors", device)), meta
+
+
+def build_model(path, meta, read_tensors):
+    """The GPT of a checkpoint: its meta.json as a dict, and a function that returns its tensors by name.
+
+    Raises DamagedCheckpoint.
+    """
     try:
-        state = load_tensors(Path(path) / "model.safetensors", device)
+        state = read_tensors()
         if any(tensor.dtype != torch.float32 for tensor in state.values()):
             raise ValueError("not all of them are float32")
-        return GPT.from_state(GPTConfig(**meta["config"]), state), meta
+        return GPT.from_state(GPTConfig(**meta["config"]), state)
     except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DamagedCheckpoint(f"{path}: the weights do not fit the model ({reason})") from error
@@ -234,15 +243,36 @@ def load_tensors(path, device="cpu"):
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def load_optimizer(path, optimizer):
-    """Load a checkpoint's optimizer tensors; learning rate and decay stay the optimizer's own.
+@dataclass
+class Source:
+    """The checkpoint from which all ranks continue. Rank 0 sends it to them, unless all can read it."""
 
-    Raises DamagedCheckpoint.
-    """
-    try:
-        load_state(optimizer, load_tensors(Path(path) / "optimizer.safetensors"))
-    except (SafetensorError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path}: the optimizer's state can't be loaded ({error})") from error
+    path: Path
+    meta: dict
+    on_all_ranks: bool = True
+    ranks: Ranks | None = None
+
+    def tensors(self, name):
+        """The tensors of one of its files, on the CPU of all ranks."""
+        path = self.path / name
+        if self.on_all_ranks:
+            return load_tensors(path)
+        return self.ranks.tensors_from_first(load_tensors(path) if self.ranks.is_first else {})
+
+    def model(self):
+        """Its GPT, in eval mode, on the CPU. Raises DamagedCheckpoint."""
+        return build_model(self.path, self.meta, lambda: self.tensors("model.safetensors"))
+
+    def load_optimizer(self, optimizer):
+        """Load its optimizer tensors; learning rate and decay stay the optimizer's own.
+
+        Raises DamagedCheckpoint.
+        """
+        try:
+            load_state(optimizer, self.tensors("optimizer.safetensors"))
+        except (SafetensorError, ValueError) as error:
+            message = f"{self.path}: the optimizer's state can't be loaded ({error})"
+            raise DamagedCheckpoint(message) from error
 
 
 def numbered(log_dir):
@@ -269,20 +299,32 @@ def latest(log_dir, to_resume=False):
 
 
 def find_for_resume(log_dir, ranks):
-    """The newest checkpoint that a run can continue from; None, with a message, if there is none at all.
+    """The Source of the newest checkpoint that a run can continue from; None, with a message, without any.
 
-    Raises UserError if there are some but none is valid.
+    Rank 0 chooses it. Raises UserError, on all ranks, if there are checkpoints but none is valid.
     """
-    with ranks.first_goes_ahead():
-        if ranks.is_first:
-            clean(log_dir)
+    newest, problems = None, []
+    if ranks.is_first:
+        clean(log_dir)
         newest, problems = latest(log_dir, to_resume=True)
+    ranks.barrier()  # reading takes a while
+    newest, problems = ranks.from_first((newest, problems))
     ranks.say(*(f"skipped damaged checkpoint: {problem}" for problem in problems))
     if newest is None and problems:
         raise UserError(f"--resume: no checkpoint in {log_dir} is valid; start again with another --log_dir")
     if newest is None:
         ranks.say(f"{log_dir} contains no checkpoint: starting at step 0")
-    return newest
+        return None
+    meta = ranks.from_first(read_meta(newest, digests=False) if ranks.is_first else None)
+    lacking = False
+    try:
+        lacking = not ranks.is_first and read_meta(newest, digests=ranks.local_rank == 0) != meta
+    except DamagedCheckpoint:  # it is not on this machine's disk
+        lacking = True
+    on_all_ranks = not ranks.max(lacking)
+    if not on_all_ranks:
+        ranks.say(f"not all ranks can read {newest}: rank 0 sends it")
+    return Source(newest, meta, on_all_ranks, ranks)
 
 
 def prune(log_dir, keep, step, keep_every=0):

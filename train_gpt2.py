@@ -284,6 +284,7 @@ def open_data(args, ranks):
     if ranks.max(examples is None):  # all ranks evaluate, or none
         examples = None
     identity = shards.identity(args.data_dir, tokenizer_name)
+    ranks.check_same({**identity, "HellaSwag examples": hellaswag.fingerprint(examples or [])})
     return Data(train, val, val_windows, tokenizer_name, tokenizer, num_tokens, examples, identity)
 
 
@@ -328,7 +329,7 @@ def with_vocab_size(args, data, newest):
     """The flags, with the --vocab_size of the checkpoint `newest`, if any, or one that fits the data."""
     if args.vocab_size:
         return args
-    saved = checkpoint.read_meta(newest, digests=False).get("identity", {}) if newest else {}
+    saved = newest.meta.get("identity", {}) if newest else {}
     padded = math.ceil(data.num_tokens / 128) * 128  # for faster matmuls on GPUs
     return argparse.Namespace(**{**vars(args), "vocab_size": saved.get("vocab_size") or padded})
 
@@ -336,21 +337,19 @@ def with_vocab_size(args, data, newest):
 def open_model(args, config, data, identity, newest, run, ranks):
     """The model to train, on its device: from the checkpoint `newest`, from --init_from, or a new one.
 
-    Returns (model, the checkpoint's meta or {}). Raises UserError.
+    newest: a checkpoint.Source or None. Raises UserError.
     """
-    meta = {}
     if newest:
-        model, meta = checkpoint.load(newest, ranks.device)
-        step, before = meta["step"], meta.get("identity", {})
+        model, step, before = newest.model(), newest.meta["step"], newest.meta.get("identity", {})
         changes = recipe.check_identity(before, identity, args.allow_change, run.log_dir)
         if step > args.max_steps:
-            raise UserError(f"--max_steps {args.max_steps}: {newest} is already at step {step}; use a larger "
-                            "value")
+            raise UserError(f"--max_steps {args.max_steps}: {newest.path} is already at step {step}; use a "
+                            "larger value")
         schedules = argparse.Namespace(**recipe.identity_of(before)), args
         rates = [f"{get_lr(step, schedule):.2e}" for schedule in schedules]
         if rates[0] != rates[1]:
             changes.append(f"learning rate at step {step} {rates[0]} -> {rates[1]}")
-        ranks.say(*(f"changed: {change}" for change in changes), f"resuming {newest} at step {step}")
+        ranks.say(*(f"changed: {change}" for change in changes), f"resuming {newest.path} at step {step}")
     elif args.init_from:
         model = checkpoint.load_to_train(args, data, ranks.say)
         shape = ", ".join(f"{name} {getattr(model.config, name)}" for name in recipe.SHAPE if name[:2] == "n_"
@@ -364,20 +363,18 @@ def open_model(args, config, data, identity, newest, run, ranks):
             raise UserError(f"a model of --block_size {args.block_size} --vocab_size {args.vocab_size} "
                             f"--n_layer {args.n_layer} --n_embd {args.n_embd} does not fit into this "
                             f"machine's memory ({first_line(error)})") from error
-    weights = meta.get("files", {}).get("model.safetensors", {}).get("digest")
-    ranks.check_same({"start step": meta.get("step", 0), "weights": weights, **data.identity,
-                      "HellaSwag examples": hellaswag.fingerprint(data.examples or [])})
     model.checkpoint_activations = args.checkpoint_activations
-    return model.to(ranks.device).train(), meta
+    return model.to(ranks.device).train()
 
 
-def open_optimizer(args, raw_model, newest, meta, precision, ranks):
+def open_optimizer(args, raw_model, newest, precision, ranks):
     """The optimizer. It and the gradient scaler of `precision` continue from the checkpoint, if any."""
     optimizer = raw_model.configure_optimizers(
         args.weight_decay, args.max_lr, ranks.device, args.optimizer, betas=(args.beta1, args.beta2),
         muon_scale=args.muon_scale, muon_momentum=args.muon_momentum, share=ranks.share)
     if newest:
-        checkpoint.load_optimizer(newest, optimizer)
+        meta = newest.meta
+        newest.load_optimizer(optimizer)
         if meta.get("dtype", precision.name) != precision.name:
             ranks.say(f"the run was in {meta['dtype']} before, it continues in {precision.name}")
         if meta.get("scaler") and precision.scaler.is_enabled():
@@ -466,11 +463,11 @@ def train(args, at_exit):
     grad_accum_steps(args, ranks), model_config(args)  # what can't be is refused before any data is made
     data = open_data(args, ranks)
     newest = checkpoint.find_for_resume(run.log_dir, ranks) if run.resuming else None
-    args = with_vocab_size(args, data, newest)
+    args, meta = with_vocab_size(args, data, newest), newest.meta if newest else {}
     identity = recipe.identity_of(vars(args)) | data.identity
-    raw_model, meta = open_model(args, model_config(args), data, identity, newest, run, ranks)
+    raw_model = open_model(args, model_config(args), data, identity, newest, run, ranks)
     precision = Precision(ranks.device, args.dtype)
-    optimizer = open_optimizer(args, raw_model, newest, meta, precision, ranks)
+    optimizer = open_optimizer(args, raw_model, newest, precision, ranks)
     args = with_micro_batch_size(args, data, raw_model, optimizer, precision, ranks)
     micro_steps = grad_accum_steps(args, ranks)
     validation = Validation(data.val, data.val_windows, precision, ranks, args.val_every and data.tokenizer)

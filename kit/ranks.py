@@ -63,10 +63,12 @@ class Ranks:
         self.timeout = timeout
         if self.distributed:
             timeout = datetime.timedelta(seconds=timeout)
-            # after a failure torchrun restarts the ranks with the same store, which still holds the addresses
-            # of the dead ones: use new keys
             store, *_ = next(rendezvous("env://", timeout=timeout))
-            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # torchrun keeps this store when it restarts the ranks, and with it the addresses of the dead
+                # ones: use new keys. Several torchruns count their restarts separately, so their ranks would
+                # use different keys; with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each start has a new store
+                store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world_size,
                                     timeout=timeout)
             self.patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
@@ -118,6 +120,24 @@ class Ranks:
             values = [None] * self.world_size
             dist.all_gather_object(values, value)
         return [value for value in values if value is not None]
+
+    def from_first(self, value):
+        """Rank 0's value, on all ranks."""
+        values = [value]
+        if self.distributed:
+            dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def tensors_from_first(self, tensors):
+        """Rank 0's tensors, {name: tensor on the CPU}, on all ranks. What the others pass is ignored."""
+        if not self.distributed:
+            return tensors
+        layout = self.from_first({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        if not self.is_first:
+            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+        for name in layout:
+            dist.broadcast(tensors[name], 0)
+        return tensors
 
     def check_same(self, facts):
         """Raise UserError, on all ranks, if a rank's facts (a dict) differ from those of rank 0."""
@@ -176,11 +196,15 @@ class Ranks:
 
     @contextlib.contextmanager
     def first_goes_ahead(self):
-        """Run the body on rank 0, then on the others: one writes what all read."""
-        if not self.is_first:
+        """Run the body on rank 0, then on the first rank of each other machine, then on the rest.
+
+        So what the body prepares is there for all, whether the machines share a disk or not.
+        """
+        turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
             self.barrier()
         yield
-        if self.is_first:
+        for _ in range(2 - turn):
             self.barrier()
 
     def leave(self):

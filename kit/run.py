@@ -24,8 +24,8 @@ REFERENCE_STEPS = (250, 1000, 5000)  # the val loss is compared with reference r
 class Run(contextlib.ExitStack):
     """A run's log directory, opened by all ranks and written by rank 0. It is a context manager.
 
-    resuming: whether the run continues from a checkpoint, because --resume says so or because torchrun has
-    restarted the ranks.
+    Only rank 0 needs to see it: the other ranks may be on machines with disks of their own. resuming: whether
+    the run continues from a checkpoint, because --resume says so or because torchrun has restarted the ranks.
     """
 
     def __init__(self, args, ranks):
@@ -41,23 +41,28 @@ class Run(contextlib.ExitStack):
         self.tracker = None
         if log_dir != log_dir.encode(errors="replace").decode():  # safetensors could not read it back
             raise UserError(f"--log_dir {log_dir}: its name is not UTF-8")
+        self.resuming = args.resume
+        restarted = ranks.max(restarted_by_torchrun())  # on any machine
         if ranks.is_first:
             self.enter_context(locked(log_dir))
-        restarted = (ranks.is_first and restarted_by_torchrun()
-                     and record.read_record(log_dir).get("torchrun") == torchrun_id())
-        self.resuming = bool(ranks.max(args.resume or restarted))
-        found = [path for name in FILES for path in self.log_dir.glob(name)
-                 if path.is_dir() or path.stat().st_size]
-        if found and not record.is_run(log_dir):
-            raise UserError(f"--log_dir {log_dir} contains a {found[0].name} of another program, which this "
-                            "run would overwrite: name another directory")
-        if found and not self.resuming:
-            raise UserError(f"--log_dir {log_dir} already contains a run: continue it with --resume, "
-                            "or name another directory")
-        if self.track and ranks.is_first:
-            tracking.check(self.track, log_dir)
+            self.resuming |= bool(restarted) and record.read_record(log_dir).get("torchrun") == torchrun_id()
+            self.check_files()
+            if self.track:
+                tracking.check(self.track, log_dir)
+        self.resuming = ranks.from_first(self.resuming)
         on = type_of(ranks.device) == "cuda" if args.background is None else args.background
         self.background = self.enter_context(Background(on))
+
+    def check_files(self):
+        """Raise UserError if the directory contains what this run must not overwrite."""
+        found = [path for name in FILES for path in self.log_dir.glob(name)
+                 if path.is_dir() or path.stat().st_size]
+        if found and not record.is_run(self.log_dir):
+            raise UserError(f"--log_dir {self.log_dir} contains a {found[0].name} of another program, which "
+                            "this run would overwrite: name another directory")
+        if found and not self.resuming:
+            raise UserError(f"--log_dir {self.log_dir} already contains a run: continue it with --resume, "
+                            "or name another directory")
 
     def start(self, step, flags, **facts):
         """Begin at a step: drop that step and later ones from log.txt, write run.json, start the tracker."""

@@ -40,7 +40,7 @@ def test_a_loaded_checkpoint_trains_on_bit_for_bit(tmp_path, learned):
     assert (meta["step"], meta["val_loss"]) == (2, 1.25) and same(model, again)
     assert again.lm_head.weight is again.transformer.wte.weight and not again.training
     optimizer_again = again.configure_optimizers(0.1, 1e-3, "cpu")
-    checkpoint.load_optimizer(tmp_path / "ckpt_000002", optimizer_again)
+    checkpoint.Source(tmp_path / "ckpt_000002", meta).load_optimizer(optimizer_again)
     for pair in ((model, optimizer), (again.train(), optimizer_again)):
         train_step(*pair)
     assert same(model, again)

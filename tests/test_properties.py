@@ -300,7 +300,7 @@ def test_a_checkpoint_comes_back_for_any_config(config, step, with_optimizer, va
         assert [child.name for child in path.iterdir()] == [newest.name]
         if optimizer:
             fresh = again.configure_optimizers(0.1, 1e-3, "cpu")
-            checkpoint.load_optimizer(newest, fresh)
+            checkpoint.Source(newest, meta).load_optimizer(fresh)
             state, came = (o.state_dict()["state"] for o in (optimizer, fresh))
             assert state.keys() == came.keys()
             assert all(torch.equal(state[i][key], came[i][key]) for i in state for key in state[i])

@@ -17,8 +17,10 @@ import pytest
 from runs import (
     ENDLESS,
     ROOT,
+    Run,
     assert_refused,
     assert_same_end,
+    copy_run,
     environment,
     flags_of,
     names_of,
@@ -162,17 +164,11 @@ def test_ctrl_c_saves_although_tee_dies_first(shards, tmp_path, launcher):
 # ------------------------------------------------------------------------------------- ranks and their files
 
 
-@pytest.mark.parametrize("change, words", [
-    ('"--seed", "7"', "--seed 7, rank 0 on .* has 1337"),
-    ('"--log_dir", "LOG/elsewhere"', "start step 0, rank 0 on .* has 12"),
-], ids=["flags", "checkpoint"])
-def test_ranks_that_read_something_else_are_refused(shards, whole, tmp_path, change, words):
-    """On two machines, each with its own disk, a rank may see other files than rank 0."""
-    flags = flags_of(shards, whole.log_dir, "--resume", "--max_steps", 12, "--micro_batch_size", 2)
-    fault = f"if RANK == 1: sys.argv += [{change.replace('LOG', str(tmp_path))}]"
-    process = run_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault, check=False)
+def test_ranks_with_other_flags_are_refused(shards, tmp_path):
+    process = run_script("torchrun", 2, "train_gpt2.py", *flags_of(shards, tmp_path / "log"), check=False,
+                         fault='if RANK == 1: sys.argv += ["--seed", "7"]')
     assert process.returncode == 1
-    assert re.search(f"error: rank 1 on .* has {words}", process.stderr), process.stderr
+    assert re.search("error: rank 1 on .* has --seed 7, rank 0 on .* has 1337", process.stderr)
 
 
 @pytest.fixture
@@ -194,6 +190,32 @@ def test_each_machine_verifies_its_own_shards(two_machines):
     process = run_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault, check=False)
     assert process.returncode == 1
     assert re.search(rf"error: data/{path.name} has changed since .* \(rank 1 on .+\)", process.stderr)
+
+
+def test_ranks_with_other_data_are_refused(two_machines, texts, learned, tmp_path):
+    folders, fault = two_machines
+    shutil.rmtree(folders[1] / "data")
+    source = make.write_jsonl(tmp_path / "other.jsonl", texts[1:])
+    fineweb_edu.prepare([str(source)], folders[1] / "data", {"files": "topics"}, tokenizer=learned,
+                        shard_size=50_000, val_tokens=10_000)
+    process = run_script("torchrun", 2, "train_gpt2.py", *flags_of("data", "log"), fault=fault, check=False)
+    assert process.returncode == 1
+    assert re.search("error: rank 1 on .* has data .*, rank 0 on .* has", process.stderr), process.stderr
+
+
+@pytest.mark.parametrize("own_checkpoint", [False, True], ids=["none", "of another run"])
+def test_only_rank_0_needs_the_log_directory(shards, two_machines, own_checkpoint):
+    folders, fault = two_machines
+    run_script("torchrun", 2, "train_gpt2.py", *flags_of("data", "log"), fault=fault)
+    finished = Run(folders[0] / "log", read_log(folders[0] / "log"))
+    assert not (folders[1] / "log").exists()
+    copy_run(folders[0] / "log", folders[0] / "again", without="ckpt_000012")
+    if own_checkpoint:
+        train(shards, folders[1] / "again", "--seed", 7)
+    flags = flags_of("data", "again", "--resume")
+    process = run_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault)
+    assert "not all ranks can read again/ckpt_000008: rank 0 sends it" in process.stdout
+    assert_same_end(folders[0] / "again", finished)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
