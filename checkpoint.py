@@ -67,6 +67,7 @@ from kit.files import (
 )
 from kit.optim import load_state, state_tensors
 from kit.ranks import Ranks
+from kit.sharding import local, shard_like, whole_on_cpu
 from model import GPT, GPT2_SIZES, GPTConfig
 from tokenizer import END_OF_TEXT, get_tokenizer, ordinary_tokens, special_tokens, without_tokens
 
@@ -269,7 +270,7 @@ class Source:
         Raises DamagedCheckpoint.
         """
         try:
-            load_state(optimizer, self.tensors("optimizer.safetensors"))
+            load_state(optimizer, self.tensors("optimizer.safetensors"), shard_like)
         except (SafetensorError, ValueError) as error:
             message = f"{self.path}: the optimizer's state can't be loaded ({error})"
             raise DamagedCheckpoint(message) from error
@@ -361,18 +362,17 @@ class Saver:
 
         Raises UserError, and writes nothing, if a weight is not finite.
         """
-        if not all(p.isfinite().all() for p in self.raw_model.parameters()):
+        weights = map(local, self.raw_model.state_to_save().values())
+        if self.ranks.max(not all(tensor.isfinite().all() for tensor in weights)):
             raise UserError(f"before step {progress.step} the weights are not finite, no checkpoint was "
                             f"saved. {remedy(self.precision)}")
+        self.run.background.wait()  # one copy in memory at a time
+        tensors, *others = contents(
+            self.raw_model, progress, self.tokenizer, optimizer, identity=self.identity,
+            dtype=self.precision.name, scaler=self.precision.scaler.state_dict())
+        tensors = {file: whole_on_cpu(each, self.ranks.is_first, copy=self.run.background.on)
+                   for file, each in tensors.items()}
         if self.ranks.is_first:
-            self.run.background.wait()  # one copy in memory at a time
-            tensors, *others = contents(
-                self.raw_model, progress, self.tokenizer, optimizer, identity=self.identity,
-                dtype=self.precision.name, scaler=self.precision.scaler.state_dict())
-            if self.run.background.on:
-                # not into pinned memory: torch would round it up to powers of two, and keep it
-                tensors = {file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in each.items()}
-                           for file, each in tensors.items()}
             self.run.background.submit(self.write, self.run.log_dir / name, progress.step, tensors, *others)
         self.ranks.barrier()
 

@@ -158,7 +158,7 @@ def open_arm(text, args):
     for settings in args.grid:  # all, so that a mistake is found before the first run
         parsed = train_gpt2.parse_args([*words, *as_flags(settings)])
         train_gpt2.model_config(parsed)
-        train_gpt2.grad_accum_steps(parsed, argparse.Namespace(world_size=args.nproc))
+        recipe.count_micro_batches(parsed, args.nproc)
         if not parsed.val_every:
             raise UserError(f"{text}: --val_every 0 leaves nothing to compare")
     return Arm(text, words)

@@ -45,6 +45,9 @@ def parse_args(argv=None):
         help="torch.compile's mode: longer compilation, perhaps faster steps")
     add("--checkpoint_activations", action=switch, default=False,
         help="compute each block again in the backward pass: less memory, more time, the same results")
+    add("--shard", action=switch, default=False,
+        help="split weights, gradients and optimizer over the ranks (FSDP2), for models that don't fit on "
+             "one GPU; without it, each rank has all of them (DDP)")
     add("--timeout", type=number(1, 1e8), default=600,
         help="seconds without an answer after which a rank counts as lost")
     add("--micro_batch_size", type=integer_or_auto(1), default=32, metavar="N",
@@ -125,7 +128,7 @@ from kit.profiling import Profile
 from kit.ranks import Ranks, StopRequested, StopSignal
 from kit.report import Report, explain_errors, waiting
 from kit.run import Run
-from kit.sharding import distribute, sync_gradients
+from kit.sharding import check_shardable, distribute, shard, sync_gradients, whole
 from kit.validation import Validation, inference
 from model import GPT, GPT2_TOKENS, GPTConfig
 from sample import print_samples
@@ -184,13 +187,30 @@ class DataLoaderLite:
         windows = torch.from_numpy(np.stack([self.window(n) for n in range(first, first + count)]))
         return windows[:, :-1], windows[:, 1:]
 
-    def next_batch(self):
-        """This rank's next micro-batch: inputs and targets, both (B, T)."""
+    def next_batch(self, takers=None):
+        """This rank's next micro-batch: inputs and targets, both (B, T).
+
+        takers: only the first so many ranks take one (default: all); the others get None.
+        """
         first, (prefetched, batch) = self.position + self.process_rank * self.B, self.prefetched
-        if prefetched != first:
-            batch = self.batch(first, self.B)
-        self.position += self.num_processes * self.B
-        return batch
+        takers = takers or self.num_processes
+        self.position += takers * self.B
+        if self.process_rank >= takers:
+            return None
+        return batch if prefetched == first else self.batch(first, self.B)
+
+    def micro_batches(self, count, before_each):
+        """All ranks take `count` micro-batches in turn; yield this rank's, and whether it is the last one.
+
+        If the ranks can't divide them, the last ranks get none in the first round: in the last round all are
+        needed, to average gradients. before_each: called equally often on every rank; it may raise to stop.
+        """
+        rounds = math.ceil(count / self.num_processes)
+        for n in range(rounds):
+            before_each()
+            takers = count - (rounds - 1) * self.num_processes if n == 0 else None
+            if batch := self.next_batch(takers):
+                yield batch, n == rounds - 1
 
     def prefetch(self):
         """Read the next micro-batch early. An error in it is left to next_batch(): this step is fine."""
@@ -239,21 +259,6 @@ def model_config(args):
         return GPTConfig(dropout=args.dropout, **shape)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-
-
-def grad_accum_steps(args, ranks):
-    """Micro-batches per optimizer step and rank. Raises UserError if the batch can't be divided."""
-    B, T = 1 if args.micro_batch_size == "auto" else args.micro_batch_size, args.sequence_length
-    tokens_per_pass = B * T * ranks.world_size
-    steps, remainder = divmod(args.total_batch_size, tokens_per_pass)
-    if remainder:
-        remedies = [f"--micro_batch_size {b}" for b in range(B, 0, -1)
-                    if args.total_batch_size % (b * T * ranks.world_size) == 0][:1]
-        remedies += [f"--total_batch_size {n * tokens_per_pass}" for n in (steps, steps + 1) if n > 0]
-        raise UserError(f"--total_batch_size {args.total_batch_size} is not a multiple of micro_batch_size x "
-                        f"sequence_length x ranks = {B} x {T} x {ranks.world_size} = {tokens_per_pass}; use "
-                        + " or ".join(remedies))
-    return steps
 
 
 def open_data(args, ranks):
@@ -364,7 +369,8 @@ def open_model(args, config, data, identity, newest, run, ranks):
                             f"--n_layer {args.n_layer} --n_embd {args.n_embd} does not fit into this "
                             f"machine's memory ({first_line(error)})") from error
     model.checkpoint_activations = args.checkpoint_activations
-    return model.to(ranks.device).train()
+    model = shard(model, ranks) if args.shard and ranks.distributed else model.to(ranks.device)
+    return model.train()
 
 
 def open_optimizer(args, raw_model, newest, precision, ranks):
@@ -386,11 +392,12 @@ def with_micro_batch_size(args, data, raw_model, optimizer, precision, ranks):
     """The flags, with a number instead of --micro_batch_size auto: the largest power of two that fits."""
     if args.micro_batch_size != "auto":
         return args
-    B, windows = 1, args.total_batch_size // args.sequence_length // ranks.world_size
-    most = 4096 // args.sequence_length if type_of(ranks.device) == "cpu" else windows  # more gains nothing
+    B, most = 1, args.total_batch_size // args.sequence_length
+    if type_of(ranks.device) == "cpu":
+        most = 4096 // args.sequence_length  # more gains nothing
     # not there yet: AdamW's two moments, unless the run is resumed, and DDP's buckets
     missing = 2 * (not state_tensors(optimizer)) + ranks.distributed
-    while 2 * B <= most and windows % (2 * B) == 0:
+    while 2 * B <= most and recipe.divides(2 * B, args, ranks.world_size):
         batch = data.train.batch(0, 2 * B)
         if ranks.max(not fits_into_memory(raw_model, batch, precision, ranks.device, missing)):
             break
@@ -433,19 +440,26 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
             raw_model.zero_grad()
     model = distribute(compiled, ranks)
     if ranks.distributed:
-        warm_up(model)  # DDP regroups its gradient buckets after the first backward pass: kit/sharding.py
+        # DDP regroups its gradient buckets in the forward pass after the first backward pass. All ranks must
+        # take part, and sums must be in the same order after a restart
+        warm_up(model), warm_up(model)
     return compiled, model
 
 
 # ---------------------------------------------------------------------------------------------------- samples
 
 
-def sample(step, args, raw_model, data, precision, ranks):
-    """Print four samples of 32 tokens with top-k 50, as the published reproductions do."""
+def sample(name, step, args, raw_model, data, precision, ranks):
+    """Print four samples of 32 tokens with top-k 50, as the published reproductions do.
+
+    name: what they are samples of. All ranks must call it; rank 0 prints.
+    """
     generator = torch.Generator(ranks.device).manual_seed(args.seed + step)
     try:
-        with inference(raw_model, precision), tqdm.external_write_mode():
-            print_samples(raw_model, data.tokenizer, args.sample_prompt, 4, 32, generator, top_k=50)
+        with inference(raw_model, precision) as model, tqdm.external_write_mode():
+            if ranks.is_first:
+                print(f"{name}: samples")
+                print_samples(model, data.tokenizer, args.sample_prompt, 4, 32, generator, top_k=50)
     except ValueError as error:
         raise UserError(f"before step {step}: {error}. {remedy(precision)}") from error
 
@@ -460,22 +474,24 @@ def train(args, at_exit):
     ranks.check_same({f"--{k}": v for k, v in vars(args).items() if k not in ("device", "log_dir")})
     tune(ranks.device, training=True)
     run = at_exit.enter_context(Run(args, ranks))
-    grad_accum_steps(args, ranks), model_config(args)  # what can't be is refused before any data is made
+    # what can't be is refused before any data is made
+    recipe.count_micro_batches(args, ranks.world_size), model_config(args)
     data = open_data(args, ranks)
     newest = checkpoint.find_for_resume(run.log_dir, ranks) if run.resuming else None
     args, meta = with_vocab_size(args, data, newest), newest.meta if newest else {}
     identity = recipe.identity_of(vars(args)) | data.identity
-    raw_model = open_model(args, model_config(args), data, identity, newest, run, ranks)
     precision = Precision(ranks.device, args.dtype)
+    check_shardable(args, precision)
+    raw_model = open_model(args, model_config(args), data, identity, newest, run, ranks)
     optimizer = open_optimizer(args, raw_model, newest, precision, ranks)
     args = with_micro_batch_size(args, data, raw_model, optimizer, precision, ranks)
-    micro_steps = grad_accum_steps(args, ranks)
+    micro_batches = recipe.count_micro_batches(args, ranks.world_size)
     validation = Validation(data.val, data.val_windows, precision, ranks, args.val_every and data.tokenizer)
     compiled, model = wrap_model(args, raw_model, data, validation, precision, ranks)
     saver = Saver(args, identity, data.tokenizer_name, raw_model, precision, run, ranks)
     progress, start_step = Progress.of(meta), meta.get("step", 0)
     report = Report(args, raw_model, precision, run, ranks)
-    report.start(start_step, micro_steps, data, is_compiled=compiled is not raw_model)
+    report.start(start_step, micro_batches, data, is_compiled=compiled is not raw_model)
     rendered = data.examples and hellaswag.render(data.examples, data.tokenizer, raw_model.config.block_size)
     profile = at_exit.enter_context(Profile(args.profile, run.log_dir, ranks))
     data.train.position = start_step * args.total_batch_size // args.sequence_length
@@ -500,15 +516,14 @@ def train(args, at_exit):
                     progress.best_val = progress.val_loss
                     saver.save("best", progress)
             if data.examples and due(args.hellaswag_every):
-                with inference(raw_model, precision):
-                    result = hellaswag.evaluate(raw_model, data.tokenizer, data.examples, ranks=ranks,
+                with inference(raw_model, precision) as whole_model:
+                    result = hellaswag.evaluate(whole_model, data.tokenizer, data.examples, ranks=ranks,
                                                 before_batch=stop.check, rendered=rendered)
                 report.hellaswag(name, step, result)
             if due(args.val_every) or due(args.hellaswag_every):
                 run.report(step, progress.val_loss if due(args.val_every) else None)
-            if data.tokenizer and due(args.sample_every) and (step > 0 or args.eval_only) and ranks.is_first:
-                ranks.say(f"{name}: samples")
-                sample(step, args, raw_model, data, precision, ranks)
+            if data.tokenizer and due(args.sample_every) and (step > 0 or args.eval_only):
+                sample(name, step, args, raw_model, data, precision, ranks)
             # a resumed run need not save this step again, unless a stop had saved it before its evaluation
             saved = step == start_step and progress.val_loss == meta.get("val_loss")
             if (due(args.save_every) or due(args.keep_every)) and step > 0 and not saved:
@@ -516,21 +531,21 @@ def train(args, at_exit):
             if step == args.max_steps:  # this extra lap only evaluates and saves the finished model
                 break
 
-            # one optimizer step on the mean gradient of micro_steps micro-batches
+            # one optimizer step on the mean gradient of all micro-batches
             started = time.perf_counter()
             loss = torch.zeros((), device=ranks.device)
-            for micro_step in range(micro_steps):
-                stop.check()
-                x, y = (to_device(tokens, ranks.device) for tokens in data.train.next_batch())
-                sync_gradients(model, on=micro_step == micro_steps - 1)
+            for batch, is_last in data.train.micro_batches(micro_batches, before_each=stop.check):
+                x, y = (to_device(tokens, ranks.device) for tokens in batch)
+                sync_gradients(model, on=is_last)
                 with precision.autocast:
                     _, micro_loss = model(x, y)
-                micro_loss = micro_loss / micro_steps  # backward() sums, we want the mean
+                # backward() sums, ranks are averaged: we want the mean of all micro-batches
+                micro_loss = micro_loss / (micro_batches / ranks.world_size)
                 precision.scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
                 data.train.prefetch()  # while a GPU computes
             precision.scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip or math.inf)
+            norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip or math.inf))
             # the only wait for the GPU: values that are not finite must not reach the weights
             loss, norm = ranks.read(torch.stack([ranks.mean(loss), norm]), stop)
             lr = get_lr(step, args)

@@ -7,6 +7,7 @@ import torch
 
 from kit.device import to_device
 from kit.files import UserError
+from kit.sharding import whole_copy
 
 SMOOTHING = 0.98  # of the training loss: a mean over about 50 steps
 RISE = 1.0  # nats above its minimum at which the smoothed loss has diverged
@@ -69,13 +70,14 @@ def find_bad_window(step, args, loader, raw_model, precision, ranks):
     count = args.total_batch_size // args.sequence_length  # windows of a step
     windows = [step * count + i for i in range(count)
                if i // args.micro_batch_size % ranks.world_size == ranks.rank]
-    raw_model.zero_grad()
+    model = whole_copy(raw_model).train()
+    model.zero_grad()
     for n in windows:
         x, y = (to_device(tokens, ranks.device) for tokens in loader.batch(n, 1))
         with precision.autocast:
-            _, loss = raw_model(x, y)
+            _, loss = model(x, y)
         (loss / len(windows)).backward()
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
         if not (loss.isfinite() and norm.isfinite()):
             path, _, start = loader.place(n)
             return (f"rank {ranks.rank}: loss {loss.item()}, gradient norm {norm.item()} "

@@ -147,18 +147,20 @@ def expected_state(optimizer):
     return expected
 
 
-def load_state(optimizer, tensors):
+def load_state(optimizer, tensors, place=lambda tensor, parameter: tensor):
     """Load `state_tensors`; hyperparameters stay the optimizer's own. Raises ValueError if they do not fit.
 
-    AdamW's fused kernel does not check sizes: it would write past the end of a tensor that is too short.
+    place: turns a tensor of a parameter's shape into one that is sharded like the parameter. AdamW's fused
+    kernel does not check sizes: it would write past the end of a tensor that is too short.
     """
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     if found and found != expected_state(optimizer):  # empty: saved before the first step
         raise ValueError("the optimizer's tensors do not fit the model")
     state = defaultdict(dict)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
-        state[int(index)][key] = tensor
+        state[int(index)][key] = tensor if key == "step" else place(tensor, parameters[int(index)])
     for first, part in parts(optimizer):
         groups = part.state_dict()["param_groups"]
         indices = [i for group in groups for i in group["params"] if first + i in state]

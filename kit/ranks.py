@@ -135,9 +135,13 @@ class Ranks:
         layout = self.from_first({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
         if not self.is_first:
             tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
-        for name in layout:
-            dist.broadcast(tensors[name], 0)
+        self.copy_from_first(tensors[name] for name in layout)
         return tensors
+
+    def copy_from_first(self, tensors):
+        """Overwrite tensors on the CPU with those of rank 0."""
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
 
     def check_same(self, facts):
         """Raise UserError, on all ranks, if a rank's facts (a dict) differ from those of rank 0."""

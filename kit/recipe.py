@@ -112,6 +112,33 @@ def add_flags(parser, **defaults):
             group.add_argument(f"--{setting.name}", **kind)
 
 
+def count_micro_batches(args, world_size):
+    """Micro-batches of an optimizer step, over all ranks. Raises UserError if the batch can't be divided."""
+    B, total = 1 if args.micro_batch_size == "auto" else args.micro_batch_size, args.total_batch_size
+    if not divides(B, args, world_size):
+        tokens_per_pass = B * args.sequence_length * world_size
+        remedies = [f"--micro_batch_size {b}" for b in range(B - 1, 0, -1)
+                    if divides(b, args, world_size)][:1]
+        remedies += [f"--total_batch_size {n * tokens_per_pass}"
+                     for n in (total // tokens_per_pass, total // tokens_per_pass + 1) if n > 0]
+        raise UserError(
+            f"--total_batch_size {total} is not a whole number of micro-batches, micro_batch_size x "
+            f"sequence_length = {B} x {args.sequence_length} tokens"
+            + (f", with {'the same number' if args.shard else 'at least one'} for each of {world_size} ranks"
+               if world_size > 1 else "")
+            + "; use " + " or ".join(remedies))
+    return total // (B * args.sequence_length)
+
+
+def divides(B, args, world_size):
+    """Whether the total batch is a whole number of micro-batches of B sequences that suits all ranks.
+
+    Each rank needs at least one; the ranks of a sharded model need equally many.
+    """
+    count, remainder = divmod(args.total_batch_size, B * args.sequence_length)
+    return not remainder and count >= world_size and not (args.shard and count % world_size)
+
+
 def check_identity(before, now, allowed, log_dir):
     """Compare the identity of a resumed run with its checkpoint's; return the allowed changes, as texts.
 

@@ -28,8 +28,11 @@ class Report:
         self.steps, self.mean_seconds, self.loss = 0, 0.0, math.nan
         self.line = on_terminal(ranks, bar_format="{desc}")
 
-    def start(self, step, micro_steps, data, is_compiled):
-        """Record the start of the run and print what it is. data: train_gpt2.Data."""
+    def start(self, step, micro_batches, data, is_compiled):
+        """Record the start of the run and print what it is.
+
+        micro_batches: of a step, over all ranks. data: train_gpt2.Data.
+        """
         args, raw_model, run, ranks, precision = (self.args, self.raw_model, self.run, self.ranks,
                                                   self.precision.name)
         device_name = name_of(ranks.device)
@@ -50,9 +53,13 @@ class Report:
             return
         tokens = data.train.num_windows * args.sequence_length
         epochs = args.max_steps * args.total_batch_size / tokens
+        each, remainder = divmod(micro_batches, ranks.world_size)
         ranks.say(f"{args.total_batch_size:,} tokens per step = {count(args.micro_batch_size, 'sequence')} x "
-                  f"{args.sequence_length} tokens x {count(ranks.world_size, 'rank')} x "
-                  f"{count(micro_steps, 'micro-batch', 'es')}")
+                  f"{args.sequence_length} tokens x "
+                  + (f"{micro_batches} micro-batches, {each} or {each + 1} on each of "
+                     f"{ranks.world_size} ranks"
+                     if remainder else
+                     f"{count(ranks.world_size, 'rank')} x {count(each, 'micro-batch', 'es')}"))
         seen = f"{epochs:,.2f}" if epochs >= 0.01 else "less than 0.01"
         ranks.say(f"{count(args.max_steps, 'step')}, {seen} epochs")
         if not (args.val_every or args.save_every or args.keep_every):

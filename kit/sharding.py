@@ -1,20 +1,95 @@
-"""How a model is spread over ranks: replicas whose gradients are averaged (DistributedDataParallel)."""
+"""How a model is spread over ranks: as replicas (DistributedDataParallel), or in shards (FSDP2, --shard).
 
+Replicas average their gradients. Of a sharded model each rank keeps a part of every weight, gradient and
+optimizer tensor, and gathers the weights of a block just before that is computed: each forward pass needs
+all ranks. Whatever else reads the model takes a `whole_copy`.
+"""
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from kit.device import type_of
+from kit.files import UserError
 
 
 def distribute(model, ranks):
-    """The model as all ranks train it.
-
-    Before the first step, run one forward and backward pass: DDP then regroups its gradient buckets, and sums
-    must be in the same order after a restart.
-    """
-    if not ranks.distributed:
+    """The model as all ranks train it."""
+    if not ranks.distributed or any(map(is_sharded, model.modules())):
         return model
     return DistributedDataParallel(model, process_group=ranks.group, gradient_as_bucket_view=True)
 
 
 def sync_gradients(model, on):
-    """Set whether the next backward pass averages gradients over the ranks. Call before the forward pass."""
+    """Set whether the next backward pass averages gradients over the ranks. Call before the forward pass.
+
+    A sharded model averages them in every pass: otherwise each rank would have to keep whole gradients.
+    """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = on
+
+
+def check_shardable(args, precision):
+    """Raise UserError for flags that --shard does not support. precision: the run's."""
+    for flag, unsupported in (("--optimizer muon", args.optimizer == "muon"),
+                              ("--dtype float16", precision.name == "float16"),
+                              ("--micro_batch_size auto", args.micro_batch_size == "auto")):
+        if args.shard and unsupported:
+            raise UserError(f"--shard does not support {flag}: change one of them")
+
+
+def shard(model, ranks):
+    """Shard a GPT on the CPU in place, with rank 0's weights: block by block, then the rest. Returns it."""
+    ranks.copy_from_first(model.parameters())
+    mesh = DeviceMesh.from_group(ranks.group, type_of(ranks.device))
+    for unit in (*model.transformer.h, model):
+        fully_shard(unit, mesh=mesh)  # moves its part to the device
+    return model
+
+
+def is_sharded(model):
+    return isinstance(model, FSDPModule)
+
+
+def whole(tensor):
+    """A sharded tensor with the parts of all ranks, which must call this together; another tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_on_cpu(tensors, keep, copy):
+    """The `whole` of each of {name: tensor} on the CPU; {} if keep is False. All ranks must call it.
+
+    copy: never return the tensors themselves.
+    """
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor.detach())
+        if keep:
+            # not into pinned memory: torch would round it up to powers of two, and keep it
+            result[name] = tensor.to("cpu", copy=copy)
+    return result
+
+
+def whole_copy(model):
+    """A copy of a sharded GPT that has all weights on each rank; another model itself.
+
+    It takes 4 bytes per parameter. All ranks must call it.
+    """
+    if not is_sharded(model):
+        return model
+    state = {name: whole(tensor) for name, tensor in model.state_to_save().items()}
+    return model.from_state(model.config, state)
+
+
+def local(tensor):
+    """This rank's part of a sharded tensor; another tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor, parameter):
+    """A tensor sharded like a parameter of the same shape, if that is sharded."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements,
+                             src_data_rank=None)  # every rank has the tensor: none needs to send it

@@ -7,15 +7,19 @@ import numpy as np
 import torch
 
 from kit.device import to_device, without_cudnn_attention
+from kit.sharding import is_sharded, whole_copy
 
 
 @contextlib.contextmanager
 def inference(raw_model, precision):
-    """Evaluate in eval mode and in the precision of training, then return to training mode."""
-    raw_model.eval()
+    """Evaluate the model that this yields, in eval mode and in the precision of training.
+
+    It is raw_model, or a copy if that is sharded. All ranks must call it. Returns to training mode.
+    """
+    model = whole_copy(raw_model).eval()
     try:
         with precision.autocast, without_cudnn_attention():
-            yield
+            yield model
     finally:
         raw_model.train()
 
@@ -56,10 +60,13 @@ class Validation:
         losses = [torch.zeros((), device=self.ranks.device)]
         for first in range(0, len(self.windows), B * world_size):
             before_batch()
-            mine = self.windows[first + rank * B : first + rank * B + B]
-            if mine:
-                model = compiled if len(mine) == B else raw_model
-                losses.append(self.batch_loss(model, self.loader.batch(mine[0], len(mine))) * len(mine))
+            windows = mine = self.windows[first + rank * B : first + rank * B + B]
+            if is_sharded(raw_model) and not mine:
+                windows = self.windows[:1]  # all ranks must take part; this loss will not count
+            if windows:
+                model = compiled if len(windows) == B else raw_model
+                loss = self.batch_loss(model, self.loader.batch(windows[0], len(windows)))
+                losses.append(loss * len(mine))
         total = torch.stack(losses).cpu().double().sum()
         return self.ranks.sum(total).item() / len(self.windows)
 

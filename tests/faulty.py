@@ -130,7 +130,7 @@ def after_step(number, act):
 
 def in_micro_batch(number, act):
     """This rank is about to read its training micro-batch `number`, counted from the start of the run."""
-    before(DataLoaderLite, "next_batch", lambda loader: loader.position == number * windows(loader), act)
+    before(DataLoaderLite, "next_batch", lambda loader, *_: loader.position == number * windows(loader), act)
 
 
 def windows(loader):

@@ -192,6 +192,14 @@ def test_each_machine_verifies_its_own_shards(two_machines):
     assert re.search(rf"error: data/{path.name} has changed since .* \(rank 1 on .+\)", process.stderr)
 
 
+@pytest.mark.slow  # half a minute
+def test_each_machine_prepares_its_own_demo_data(two_machines):
+    folders, fault = two_machines
+    flags = flags_of("demo", "log", "--demo_data", "--vocab_size", 2048, "--max_steps", 1)
+    run_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault)
+    assert all((folder / "demo" / "manifest.json").exists() for folder in folders)
+
+
 def test_ranks_with_other_data_are_refused(two_machines, texts, learned, tmp_path):
     folders, fault = two_machines
     shutil.rmtree(folders[1] / "data")
