@@ -27,14 +27,16 @@ from model import GPT
 from train_gpt2 import DataLoaderLite
 
 
-@pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.slow)])
-def test_a_step_that_is_not_finite_on_one_rank_is_located(shards, tmp_path, what):
+@pytest.mark.parametrize("what, more", [
+    ("loss", []), *(pytest.param(*case, marks=pytest.mark.slow)
+                    for case in (("gradient", []), ("loss", ["--shard"]), ("gradient", ["--shard"])))])
+def test_a_step_that_is_not_finite_on_one_rank_is_located(shards, tmp_path, what, more):
     """One sequence, which rank 1 reads in step 5, is at fault: the error names rank, shard and offset."""
     loader = DataLoaderLite(4, 32, data_dir=shards)
     sequence = 5 * 8 + 4 + 2  # eight sequences a step; after the four of rank 0, the third one
     path, _, offset = loader.place(sequence)
     fault = f'not_finite({loader.window(sequence)[:-1].tolist()}, "{what}")'
-    flags = flags_of(shards, tmp_path / "log", "--val_every", 0, "--save_every", 1)
+    flags = flags_of(shards, tmp_path / "log", "--val_every", 0, "--save_every", 1, *more)
     process = run_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault, check=False)
     assert process.returncode == 1
     words = rf"error: step 5 has .*nan; rank 1: loss .* at offset {offset} of {re.escape(str(path))}"

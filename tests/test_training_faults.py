@@ -125,28 +125,37 @@ def test_sigkill_at_twenty_moments_of_a_compiled_run(shards, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole_of_ranks(shards, tmp_path_factory):
-    """whole_of_ranks(n): an uninterrupted run under torchrun on n ranks."""
+    """whole_of_ranks(n, *flags): an uninterrupted run under torchrun on n ranks."""
     runs = {}
 
-    def whole(ranks):
-        if ranks not in runs:
+    def whole(ranks, *more):
+        if (ranks, *more) not in runs:
             log_dir = tmp_path_factory.mktemp("whole") / "log"
-            flags = flags_of(shards, log_dir, "--micro_batch_size", 8 // ranks)
+            flags = flags_of(shards, log_dir, "--micro_batch_size", 8 // ranks, *more)
             run_script("torchrun", ranks, "train_gpt2.py", *flags)
-            runs[ranks] = Run(log_dir, read_log(log_dir))
-        return runs[ranks]
+            runs[ranks, *more] = Run(log_dir, read_log(log_dir))
+        return runs[ranks, *more]
 
     return whole
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_sigkill_of_all_ranks(shards, whole_of_ranks, tmp_path, ranks):
-    flags = flags_of(shards, tmp_path / "log", "--micro_batch_size", 8 // ranks)
+ON_RANKS = [(2, []), (2, ["--shard"]), (3, []),  # 3 ranks take 4 micro-batches in turn
+            *(pytest.param(4, flags, marks=pytest.mark.slow) for flags in ([], ["--shard"]))]
+
+
+@pytest.mark.parametrize("ranks, more", ON_RANKS)
+def test_a_run_on_several_ranks_has_the_numbers_of_one_process(whole, whole_of_ranks, ranks, more):
+    assert_close(whole_of_ranks(ranks, *more).log, whole.log)
+
+
+@pytest.mark.parametrize("ranks, more", ON_RANKS)
+def test_sigkill_of_all_ranks(shards, whole_of_ranks, tmp_path, ranks, more):
+    flags = flags_of(shards, tmp_path / "log", "--micro_batch_size", 8 // ranks, *more)
     process = start_script("torchrun", ranks, "train_gpt2.py", *flags)
     wait_for_line(process, "step     6 |")
     kill_all(process)
     run_script("torchrun", ranks, "train_gpt2.py", *flags, "--resume")
-    assert_same_end(tmp_path / "log", whole_of_ranks(ranks))
+    assert_same_end(tmp_path / "log", whole_of_ranks(ranks, *more))
 
 
 def test_a_run_resumes_with_another_micro_batch_size(shards, whole, tmp_path):
@@ -154,11 +163,20 @@ def test_a_run_resumes_with_another_micro_batch_size(shards, whole, tmp_path):
     assert_close(train(shards, tmp_path / "log", "--resume", "--micro_batch_size", 1), whole.log)
 
 
-@pytest.mark.slow
-def test_a_run_resumes_on_another_number_of_ranks(shards, whole, tmp_path):
+@pytest.mark.parametrize("ranks, more", [
+    (2, ["--shard"]), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, []), (3, [])))])
+def test_a_run_resumes_on_another_number_of_ranks(shards, whole, tmp_path, ranks, more):
     copy_run(whole.log_dir, tmp_path / "log", without="ckpt_000012")
+    flags = flags_of(shards, tmp_path / "log", "--resume", "--micro_batch_size", 2, *more)
+    run_script("torchrun", ranks, "train_gpt2.py", *flags)
+    assert_close(read_log(tmp_path / "log"), whole.log)
+
+
+@pytest.mark.parametrize("ranks", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
+def test_a_sharded_run_resumes_unsharded(shards, whole, whole_of_ranks, tmp_path, ranks):
+    copy_run(whole_of_ranks(2, "--shard").log_dir, tmp_path / "log", without="ckpt_000012")
     flags = flags_of(shards, tmp_path / "log", "--resume", "--micro_batch_size", 2)
-    run_script("torchrun", 2, "train_gpt2.py", *flags)
+    run_script(*(("torchrun", ranks) if ranks > 1 else ()), "train_gpt2.py", *flags)
     assert_close(read_log(tmp_path / "log"), whole.log)
 
 
@@ -239,9 +257,12 @@ def test_sigterm_to_torchrun_or_to_one_rank(shards, tmp_path, to_rank):
     assert max(read_log(tmp_path / "log"))[0] == step - 1
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_sigkill_of_one_rank_ends_the_other_with_the_reason(shards, tmp_path, rank):
-    process = start_script("torchrun", 2, "train_gpt2.py", *flags_of(shards, tmp_path / "log", *ENDLESS))
+@pytest.mark.parametrize("rank, more", [
+    (0, []), (1, ["--shard"]), *(pytest.param(*case, marks=pytest.mark.slow)
+                                 for case in ((1, []), (0, ["--shard"])))])
+def test_sigkill_of_one_rank_ends_the_other_with_the_reason(shards, tmp_path, rank, more):
+    flags = flags_of(shards, tmp_path / "log", *ENDLESS, *more)
+    process = start_script("torchrun", 2, "train_gpt2.py", *flags)
     wait_for_line(process, "step     5 |")
     started = time.monotonic()
     os.kill(ranks_of(process)[rank], signal.SIGKILL)

@@ -1,0 +1,41 @@
+"""--shard: what else a run does with its model, and the flags that sharding does not support.
+
+Faults of sharded runs are in test_training_faults.py and test_divergence.py.
+"""
+
+import make
+import pytest
+from runs import assert_close, assert_refused, flags_of, read_log, run_script, train
+
+
+def test_a_sharded_run_evaluates_and_samples_like_one_process(shards, texts, tmp_path):
+    """HellaSwag, samples and a last round of validation in which one of the ranks has no window."""
+    rows = make.write_jsonl(tmp_path / "rows.jsonl", make.hellaswag_rows(texts, count=12))
+    more = ["--hellaswag_every", 4, "--hellaswag_data", rows, "--sample_every", 12, "--max_steps", 12,
+            "--val_tokens", 9 * 32]
+    train(shards, tmp_path / "one", *more)
+    process = run_script("torchrun", 2, "train_gpt2.py",
+                         *flags_of(shards, tmp_path / "log", *more, "--shard", "--checkpoint_activations"))
+    assert_close(read_log(tmp_path / "log"), read_log(tmp_path / "one"))
+    assert process.stdout.count("step 12: samples\nHello, I'm a language model,") == 1
+
+
+@pytest.mark.slow
+def test_a_sharded_run_compiles(shards, tmp_path):
+    flags = flags_of(shards, tmp_path / "log", "--shard", "--compile", "--checkpoint_activations")
+    process = run_script("torchrun", 2, "train_gpt2.py", *flags)
+    assert "cpu" in process.stdout and ", compiled" in process.stdout
+    assert_close(read_log(tmp_path / "log"), train(shards, tmp_path / "one"))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--optimizer", "muon"], "--optimizer muon"), (["--dtype", "float16"], "--dtype float16"),
+    (["--micro_batch_size", "auto"], "--micro_batch_size auto"),
+])
+def test_what_sharding_does_not_support_is_refused(shards, tmp_path, flags, words):
+    assert_refused(run_script("train_gpt2.py", *flags_of(shards, tmp_path / "log", "--shard", *flags),
+                              check=False), "--shard does not support", words)
+
+
+def test_one_process_is_not_sharded(shards, whole, tmp_path):
+    assert train(shards, tmp_path / "log", "--shard") == whole.log
