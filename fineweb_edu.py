@@ -5,14 +5,24 @@
     python fineweb_edu.py --input my.txt more.jsonl.gz --data_dir data/my  # local text
     python fineweb_edu.py --input texts/ "more/*.json.zst"                 # directories, quoted patterns
     python fineweb_edu.py --verify data/my                                 # check shards and their manifest
+    python fineweb_edu.py --part 3/8                                       # one of 8 machines; then --merge
 
 If a preparation is interrupted, the same command continues after the last complete shard and ends in the same
 bytes. FineWeb-Edu: https://arxiv.org/abs/2406.17557
 """
 
+import argparse
 import os
 
 from kit.flags import Parser, from_command_line, integer
+
+
+def part_of(text):
+    """The argparse type of --part: "3/8" becomes [3, 8]."""
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, as in 3/8, not {text!r}")
+    return [int(number), int(parts)]
 
 
 def parse_args(argv=None):
@@ -43,7 +53,15 @@ def parse_args(argv=None):
     add("--format", choices=("npy", "bin"), default="npy",
         help="shard format: numpy's, or that of llm.c and modded-nanogpt")
     add("--num_proc", type=integer(1), default=os.cpu_count(), help="number of worker threads or processes")
+    parts = parser.add_argument_group("many machines").add_mutually_exclusive_group()
+    parts.add_argument("--part", metavar="I/N", type=part_of,
+                       help="prepare only the files of part I of N into DIR/parts/I-of-N; I counts from 1")
+    parts.add_argument("--merge", action="store_true",
+                       help="join the complete parts into the shards that one preparation gives")
     args = parser.parse_args(argv)
+    flag = "part" if args.part else "merge" if args.merge else None
+    if flag and (args.verify or args.dataset in sources.TEXTS or "-" in (args.input or ())):
+        parser.error(f"argument --{flag}: only for files of --input, or for a --dataset of the hub")
     if args.format == "bin" and args.shard_size >= 2**31:
         parser.error("argument --shard_size: a .bin file counts its ids in 31 bits")
     for flag in ("name", "revision"):
@@ -198,31 +216,64 @@ class Encoder:
 # preparing
 
 
-def open_manifest(data_dir, request):
+def describe(source, tokenizer="gpt2", column="text", shard_size=10**8, val_tokens=None, file_format="npy",
+             split_on=None, skip_null=False, part=None):
+    """What a manifest says of a preparation with these settings, which are those of `prepare`.
+
+    Raises UserError if the tokenizer has too many ids.
+    """
+    encoding = get_tokenizer(tokenizer)
+    if encoding.n_vocab > 2**16:
+        raise UserError(f"--tokenizer {tokenizer}: it has {encoding.n_vocab} ids, more than the 65536 of "
+                        "uint16 shards; python tokenizer.py train learns a smaller one")
+    return {
+        "format": shards.FORMAT,
+        "source": source,
+        "text_column": column,
+        "tokenizer": "gpt2" if tokenizer == "gpt2"
+                     else {"file": "tokenizer.json", "digest": digest(tokenizer)},
+        "num_tokens": encoding.n_vocab,
+        "shard_size": shard_size,
+        "val_tokens_asked": val_tokens,
+        "file_format": file_format,
+        **({"split_on": split_on} if split_on else {}),
+        **({"skip_null": True} if skip_null else {}),
+        **({"part": list(part)} if part else {}),
+    }
+
+
+def differences(manifest, request):
+    """The keys whose values in a manifest are not those of a request."""
+    # a manifest has the last three only if they are set
+    keys = dict.fromkeys([*request, "split_on", "skip_null", "part"])
+    return [key for key in keys if manifest.get(key) != request.get(key)]
+
+
+def open_manifest(data_dir, request, batches_by):
     """The manifest of data_dir, complete or to be continued, or a new one.
 
-    request: the values that it must have. Raises UserError if data_dir contains other shards.
+    request: the values that it must have. batches_by: what determines the batches that "next" counts: they
+    must be the same when a preparation is continued. Raises UserError if data_dir contains other shards.
     """
-    # "next" counts batches, so a continued preparation must cut them in the same places
-    batches_by = [formats.BATCH_CHARS, importlib.metadata.version("pyarrow")]
     manifest = shards.read_manifest(data_dir)
     if manifest is None:
         if any(shards.SHARD_NAME.search(path.name) for path in data_dir.glob("*")):
             raise UserError(f"{data_dir} contains shards of unknown origin: "
                             "remove them or choose another --data_dir")
-        return {**request, "val_tokens": request["val_tokens_asked"], "complete": False, "next": (0, 0, 0),
+        val_tokens = 0 if "part" in request else request["val_tokens_asked"]
+        return {**request, "val_tokens": val_tokens, "complete": False, "next": (0, 0, 0),
                 "batches": batches_by, "shards": []}
-    if not manifest["complete"]:
+    can_continue = manifest.get("batches") == batches_by
+    if not manifest["complete"] and can_continue:
         manifest = adapt(data_dir, manifest, request)
-    # a manifest has the last two only if they are set
-    different = [key for key in dict.fromkeys([*request, "split_on", "skip_null"])
-                 if manifest.get(key) != request.get(key)]
+    different = differences(manifest, request)
     if different:
         raise UserError(f"{data_dir} contains shards with another {', '.join(different)}: "
                         "choose another --data_dir")
-    if not manifest["complete"] and manifest.get("batches") != batches_by:
-        raise UserError(f"{data_dir} was started by another version of this program or of pyarrow and "
-                        "can't be continued: remove it, or choose another --data_dir")
+    if not manifest["complete"] and not can_continue:
+        raise UserError(f"{data_dir} was started by another version of this program or of pyarrow, or by a "
+                        f"--merge of other parts, and can't be continued: remove its shards and "
+                        f"{shards.MANIFEST}, or choose another --data_dir")
     return manifest
 
 
@@ -230,7 +281,8 @@ def adapt(data_dir, manifest, request):
     """The manifest of an interrupted preparation, changed to a request that keeps finished shards valid.
 
     --skip_null may be added: no null was found so far. Local files may be repaired, replaced, left out or
-    added: the shards that end before the first such file are kept.
+    added: the shards that end before the first such file are kept. In a part they may not be left out or
+    added, for its files would become other ones.
     """
     if request.get("skip_null") and not manifest.get("skip_null"):
         manifest = {**request, **manifest, "skip_null": True}  # in the order of a new manifest
@@ -238,12 +290,14 @@ def adapt(data_dir, manifest, request):
     of_hub = "ref" in manifest["source"] or "ref" in request["source"]
     if before == now or of_hub or not before or not now or not manifest["shards"]:
         return manifest
+    if "part" in request and sources.names(manifest["source"]) != sources.names(request["source"]):
+        return manifest
     changed = next((n for n, (one, other) in enumerate(zip(before, now)) if one != other),
                    min(len(before), len(now)))
     ends = [shard.get("next") for shard in manifest["shards"][:-1]] + [manifest["next"]]
     kept = max((n for n, end in enumerate(ends, start=1) if end and end[0] < changed), default=0)
-    # before two shards are full, the default size of the val split is not decided
-    if kept < (1 if manifest["val_tokens_asked"] else 2):
+    # before two shards are full, the default size of the val split is not decided; a part has no such split
+    if kept < (1 if manifest["val_tokens_asked"] or "part" in request else 2):
         return manifest
     dropped = manifest["shards"][kept:]
     print(f"{data_dir}: the input changed from file {changed + 1} on; keeping {count(kept, 'shard')}"
@@ -257,53 +311,32 @@ def adapt(data_dir, manifest, request):
 
 
 def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size=10**8, val_tokens=None,
-            num_proc=1, file_format="npy", split_on=None, skip_null=False):
+            num_proc=1, file_format="npy", split_on=None, skip_null=False, part=None):
     """Encode files (paths or hub addresses, in this order) into the shards of data_dir; return the manifest.
 
     source: a dict for the manifest that says where the files are from. column, split_on and skip_null: as for
-    `formats.Reader`. The beginnings of all local files are checked first. Shards that an interrupted call
-    finished are kept. Raises UserError for unusable input, and if data_dir contains shards of something else.
+    `formats.Reader`. part: [I, N] encodes only the files of part I of N, without a val split, for `merge`.
+    The beginnings of all local files are checked first. Shards that an interrupted call finished are kept.
+    Raises UserError for unusable input, and if data_dir contains shards of something else.
     """
     from tqdm import tqdm
 
     data_dir, files = Path(data_dir), list(map(str, files))
-    encoding = get_tokenizer(tokenizer)
-    if encoding.n_vocab > 2**16:
-        raise UserError(f"--tokenizer {tokenizer}: it has {encoding.n_vocab} ids, more than the 65536 of "
-                        "uint16 shards; python tokenizer.py train learns a smaller one")
-    manifest = open_manifest(data_dir, {
-        "format": shards.FORMAT,
-        "source": source,
-        "text_column": column,
-        "tokenizer": "gpt2" if tokenizer == "gpt2"
-                     else {"file": "tokenizer.json", "digest": digest(tokenizer)},
-        "num_tokens": encoding.n_vocab,
-        "shard_size": shard_size,
-        "val_tokens_asked": val_tokens,
-        "file_format": file_format,
-        **({"split_on": split_on} if split_on else {}),
-        **({"skip_null": True} if skip_null else {}),
-    })
+    request = describe(source, tokenizer, column, shard_size, val_tokens, file_format, split_on, skip_null,
+                       part)
+    batches_by = [formats.BATCH_CHARS, importlib.metadata.version("pyarrow")]
+    manifest = open_manifest(data_dir, request, batches_by)
     if manifest["complete"]:
         print(f"{data_dir} is already prepared; --verify {data_dir} checks it")
         return manifest
 
-    first_file, first_batch, _ = manifest["next"]
-    if first_file >= len(files):
+    own = shards.files_of(part, len(files))
+    first_file, first_batch, _ = max(tuple(manifest["next"]), (own.start, 0, 0))
+    if first_file >= own.stop:
         raise UserError(f"{data_dir / shards.MANIFEST} does not fit the input; choose another --data_dir")
     reader = formats.Reader(column, split_on, skip_null)
-    sources.check_files(files[first_file:], reader)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    shards.remove_leftovers(data_dir)
-    copy = data_dir / "tokenizer.json"
-    if tokenizer != "gpt2" and not (copy.exists() and digest(copy) == digest(tokenizer)):
-        if copy.exists():
-            raise UserError(f"{copy} is another tokenizer than {tokenizer}: remove it, or choose another "
-                            "--data_dir")
-        shutil.copyfile(tokenizer, copy)
-    writer = shards.ShardWriter(data_dir, manifest)
-    if manifest["shards"]:
-        print(f"{data_dir}: continuing after {manifest['shards'][-1]['file']}")
+    sources.check_files(files, reader, range(first_file, own.stop))
+    writer = open_writer(data_dir, manifest, tokenizer)
     done = sum(shard["tokens"] for shard in manifest["shards"])
     progress = tqdm(unit=" tokens", unit_scale=True, initial=done, desc=data_dir.name, disable=None)
     in_flight = deque()  # (file, batch, future) in the order of the stream; kept short, to save memory
@@ -315,7 +348,7 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
         writer.add(file, batch, ids)
 
     with progress, contextlib.closing(writer), Encoder(tokenizer, num_proc) as encoder:
-        for file in range(first_file, len(files)):
+        for file in range(first_file, own.stop):
             path = sources.local_file(files[file])
             try:
                 for batch, texts in enumerate(reader.batches(path)):
@@ -328,23 +361,110 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
             except UserError as error:
                 while in_flight:  # keep what was read before the error
                     collect()
-                raise explain_shards(error, files[file], len(manifest["shards"])) from error
+                raise explain_shards(error, files[file], len(manifest["shards"]), part) from error
         while in_flight:
             collect()
         writer.finish()
-    reader.report(files[first_file] if first_file else None)
+    reader.report(files[first_file] if first_file or part else None)
     return manifest
 
 
-def explain_shards(error, file, finished):
+def open_writer(data_dir, manifest, tokenizer):
+    """The writer that begins or continues the shards of data_dir, which gets a copy of the tokenizer.
+
+    Raises UserError if data_dir contains another tokenizer.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    shards.remove_leftovers(data_dir)
+    copy = data_dir / "tokenizer.json"
+    if tokenizer != "gpt2" and not (copy.exists() and digest(copy) == digest(tokenizer)):
+        if copy.exists():
+            raise UserError(f"{copy} is another tokenizer than {tokenizer}: remove it, or choose another "
+                            "--data_dir")
+        shutil.copyfile(tokenizer, copy)
+    if manifest["shards"]:
+        print(f"{data_dir}: continuing after {manifest['shards'][-1]['file']}")
+    return shards.ShardWriter(data_dir, manifest)
+
+
+def explain_shards(error, file, finished, part):
     """The error of an unreadable file, with what happens to the shards. finished: how many there are."""
     if not finished:
         return error
     remedy = ("if the file is damaged, remove it, and the same command downloads it again and continues"
               if HUB_ADDRESS.match(file) else
+              "repair or replace the file, and the same command continues" if part else
               "repair or replace the file, or leave it out, and the same command continues")
     kept = "is kept" if finished == 1 else "are kept"
     return UserError(f"{error}. {count(finished, 'finished shard')} {kept}: {remedy}")
+
+
+# parts
+
+SAME_FLAGS = "give --merge the flags of --part, or remove this folder and prepare the part again"
+
+
+def merge(data_dir, source, tokenizer="gpt2", **settings):
+    """Join the parts of data_dir into the shards that one preparation gives; return the manifest.
+
+    source: what the parts' manifests must say of their source, with "files" as a list of names. tokenizer,
+    settings: as for `describe`; the parts must have the same. Shards that an interrupted call finished are
+    kept, and so are the parts. Raises UserError if a part is missing, incomplete, damaged or made otherwise.
+    """
+    from tqdm import tqdm
+
+    data_dir = Path(data_dir)
+    parts = shards.read_parts(data_dir)
+    request = describe(join_sources(parts, source), tokenizer, **settings)
+    for folder, part in parts:
+        wanted = {**request, "source": part["source"], "part": part["part"]}
+        if not part.get("skip_null"):  # it had no null, or it would not be complete
+            wanted.pop("skip_null", None)
+        different = differences(part, wanted)
+        if different:
+            raise UserError(f"{folder} was prepared with another {', '.join(different)}: {SAME_FLAGS}")
+    manifest = open_manifest(data_dir, request, [f"shards of {len(parts)} parts"])
+    if manifest["complete"]:
+        print(f"{data_dir} is already prepared; --verify {data_dir} checks it")
+        return manifest
+    writer = open_writer(data_dir, manifest, tokenizer)
+    first = tuple(manifest["next"][:2])
+    done = sum(shard["tokens"] for shard in manifest["shards"])
+    total = sum(shard["tokens"] for _, part in parts for shard in part["shards"])
+    progress = tqdm(unit=" tokens", unit_scale=True, initial=done, total=total, desc=data_dir.name,
+                    disable=None)
+    with progress, contextlib.closing(writer):
+        for number, (folder, part) in enumerate(parts):
+            opened = shards.open_shards(folder, "train") if part["shards"] else []
+            for index, (path, ids) in enumerate(opened):
+                if (number, index) >= first:
+                    shards.check_digest(path, part["shards"][index]["digest"])
+                    writer.add(number, index, ids)
+                    progress.update(len(ids))
+        writer.finish()
+    print(f"{data_dir}: joined {count(len(parts), 'part')}; their folder is no longer needed: "
+          f"rm -r {data_dir / shards.PARTS}")
+    return manifest
+
+
+def join_sources(parts, source):
+    """The source of all parts together. Raises UserError if one is not what was asked for, or differs."""
+    first, joined = parts[0], []
+    for number, (folder, part) in enumerate(parts, start=1):
+        known = {**part["source"], "files": sources.names(part["source"])}
+        different = [key for key in source if known.get(key) != source[key]]  # "files", or "dataset", ...
+        if different:
+            raise UserError(f"{folder} was prepared from another {', '.join(different)}: {SAME_FLAGS}")
+        if known != {**first[1]["source"], "files": sources.names(first[1]["source"])}:
+            raise UserError(f"{folder} was prepared from another revision than {first[0]}: remove one of "
+                            "them, and prepare it again with the --revision of the other")
+        files = part["source"].get("files", [])
+        own = shards.files_of([number, len(parts)], len(files))
+        joined += files[own.start : own.stop]
+    return {**first[1]["source"], **({"files": joined} if joined else {})}
+
+
+# the demo, the command line
 
 
 def prepare_demo(data_dir):
@@ -379,8 +499,11 @@ def demo_is_prepared(data_dir):
     return bool(manifest and manifest["complete"])
 
 
-def find_input(args, files):
-    """The files to encode, and the source for the manifest. Raises UserError."""
+def find_input(args, files, folder):
+    """The files to encode into a folder, and the source for its manifest. Raises UserError.
+
+    A part's source lists the files of all parts, but has the digests of its own only.
+    """
     if args.dataset in TEXTS:
         files = [sources.fetch_text(args.dataset, args.data_dir)]
     if "-" in files:
@@ -391,15 +514,27 @@ def find_input(args, files):
             raise UserError("standard input begins with a line of JSON: add --stdin_format jsonl")
         files = [str(stdin) if path == "-" else path for path in files]
     if files:
-        return files, {"files": [{"name": Path(path).name, "digest": digest(path)} for path in files]}
-    source = (shards.read_manifest(args.data_dir) or {}).get("source", {})
-    request = {"dataset": args.dataset, "name": args.name, "ref": args.revision}
-    # an interrupted preparation continues with the files it began with, though the hub may have newer ones
-    if any(source.get(key) != value for key, value in request.items()):
-        files = sources.hub_files(args.dataset, args.name, args.revision)
-        revisions = ", ".join({match[2] for match in map(sources.HUB_ADDRESS.match, files) if match})
-        source = {**request, "revision": revisions, "files": files}
-    return source["files"], source
+        own = shards.files_of(args.part, len(files))
+        return files, {"files": [{"name": Path(path).name, **({"digest": digest(path)} if n in own else {})}
+                                 for n, path in enumerate(files)]}
+    # an interrupted preparation continues with the files it began with, though the hub may have newer ones;
+    # so does a part with those of the parts that began before it
+    parts = sorted(Path(args.data_dir, shards.PARTS).glob(f"*-of-{args.part[1]}")) if args.part else []
+    request = asked_source(args, files)
+    for manifest in filter(None, map(shards.read_manifest, (folder, *parts))):
+        source = manifest["source"]
+        if all(source.get(key) == value for key, value in request.items()):
+            return source["files"], source
+    files = sources.hub_files(args.dataset, args.name, args.revision)
+    revisions = ", ".join({match[2] for match in map(sources.HUB_ADDRESS.match, files) if match})
+    return files, {**request, "revision": revisions, "files": files}
+
+
+def asked_source(args, files):
+    """What the flags say of the source: the names of local files, or a dataset of the hub."""
+    if files:
+        return {"files": [Path(path).name for path in files]}
+    return {"dataset": args.dataset, "name": args.name, "ref": args.revision}
 
 
 def main(args):
@@ -407,12 +542,27 @@ def main(args):
         print(f"{args.verify}: {shards.verify(args.verify):,} tokens, all as the manifest says")
         return
     files = sources.find_files(args.input or [], args.data_dir)
-    with locked(args.data_dir):
-        files, source = find_input(args, files)
-        manifest = prepare(files, args.data_dir, source, args.tokenizer, args.text_column, args.shard_size,
-                           args.val_size, args.num_proc, args.format, args.split_on, args.skip_null)
+    settings = dict(tokenizer=args.tokenizer, column=args.text_column, shard_size=args.shard_size,
+                    val_tokens=args.val_size, file_format=args.format, split_on=args.split_on,
+                    skip_null=args.skip_null)
+    folder = args.data_dir
+    if args.part:
+        folder = shards.part_folder(args.data_dir, *args.part)
+        if shards.read_manifest(args.data_dir) and not shards.read_manifest(folder):
+            raise UserError(f"{args.data_dir} already contains shards, which --merge would not replace: "
+                            "remove them, or choose another --data_dir")
+    with locked(folder):
+        if args.merge:
+            manifest = merge(folder, asked_source(args, files), **settings)
+        else:
+            files, source = find_input(args, files, folder)
+            manifest = prepare(files, folder, source, num_proc=args.num_proc, part=args.part, **settings)
     tokens = {split: sum(s["tokens"] for s in manifest["shards"] if s["split"] == split)
               for split in ("train", "val")}
+    if args.part:
+        print(f"{folder}: {count(tokens['train'], 'token')}, complete. When all parts are, the same command "
+              "with --merge instead of --part joins them")
+        return
     print(f"{args.data_dir}: {len(manifest['shards'])} shards, "
           f"{tokens['train']:,} train and {tokens['val']:,} val tokens")
 

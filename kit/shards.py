@@ -29,6 +29,7 @@ from kit.files import (
 from kit.sources import DATASETS, TEXTS
 
 MANIFEST = "manifest.json"
+PARTS = "parts"  # the folder, in a directory of shards, of the parts that become these shards
 VERIFIED = ".verified.json"  # size and time of each shard when its digest was last checked
 FORMAT = "uint16 token shards, version 1"
 # llm.c's small data sets have no number, nanoGPT's no prefix either
@@ -113,8 +114,8 @@ def header(path, tokens):
 class ShardWriter:
     """Cuts the stream of ids into shards. The manifest says where in the source the next shard begins.
 
-    The length of the val split may not be known until two shards are full, or until the end. Until then the
-    first shard counts as the val split, and no shard is published.
+    A part's val split has length 0. Otherwise its length may not be known until two shards are full, or until
+    the end. Until then the first shard counts as the val split, and no shard is published.
     """
 
     def __init__(self, data_dir, manifest):
@@ -146,7 +147,7 @@ class ShardWriter:
         size = self.manifest["shard_size"]
         shards = [(shard["split"], shard["tokens"]) for shard in self.manifest["shards"]]
         shards += [(shard.split, shard.tokens) for shard in self.shards]
-        val_tokens = self.manifest["val_tokens"] or size
+        val_tokens = size if self.manifest["val_tokens"] is None else self.manifest["val_tokens"]
         missing = val_tokens - sum(tokens for split, tokens in shards if split == "val")
         split = "val" if missing > 0 else "train"
         name = f"{self.prefix}_{split}_{len(shards):06d}.{self.manifest['file_format']}"
@@ -169,8 +170,10 @@ class ShardWriter:
         """Publish the last shard and complete the manifest. Raises UserError if there is no train split."""
         total = sum(shard["tokens"] for shard in self.manifest["shards"])
         total += sum(shard.tokens for shard in self.shards)
-        val_tokens = self.manifest["val_tokens"] or max(1, total // 10)
-        if total <= val_tokens:
+        val_tokens = self.manifest["val_tokens"]
+        if val_tokens is None:
+            val_tokens = max(1, total // 10)
+        if 0 < val_tokens >= total:  # 0: a part, which may have no text
             raise UserError(f"--val_size {val_tokens} leaves nothing to train on: the text has only "
                             f"{count(total, 'token')}")
         if self.manifest["val_tokens"] is None:
@@ -209,6 +212,47 @@ def remove_leftovers(data_dir):
         name = path.name[1:].removesuffix(".tmp").removesuffix(".aside").removeprefix(".")
         if SHARD_NAME.search(name) or name in (MANIFEST, VERIFIED.removeprefix(".")):
             path.unlink()
+
+
+# parts
+
+
+def part_folder(data_dir, number, parts):
+    """Where a part of data_dir is prepared. number: from 1 to parts."""
+    return Path(data_dir) / PARTS / f"{number}-of-{parts}"
+
+
+def files_of(part, files):
+    """The numbers of a part's files, as a range. The sizes of the parts differ by at most one file.
+
+    part: [number, parts], or None for all. files: how many there are. Raises UserError if they are too few.
+    """
+    number, parts = part or (1, 1)
+    if part and parts > files:
+        raise UserError(f"--part {number}/{parts}: the input is {count(files, 'file')}, which make at most "
+                        f"{count(files, 'part')}")
+    return range(files * (number - 1) // parts, files * number // parts)
+
+
+def read_parts(data_dir):
+    """The parts of data_dir in order, all complete: a list of (folder, manifest). Raises UserError."""
+    place = Path(data_dir) / PARTS
+    names = [path.name for path in place.glob("*-of-*")]
+    totals = {int(name.rpartition("-")[2]) for name in names if re.fullmatch(r"\d+-of-[1-9]\d*", name)}
+    if not totals:
+        raise UserError(f"{place} has no parts to merge: prepare them with --part 1/N to N/N")
+    if len(totals) > 1:
+        raise UserError(f"{place} has parts of {' and of '.join(map(str, sorted(totals)))}: remove those "
+                        "that are not to be merged")
+    [total] = totals
+    folders = [part_folder(data_dir, number, total) for number in range(1, total + 1)]
+    parts = [(folder, read_manifest(folder)) for folder in folders]
+    missing = [f"{number}/{total}" for number, (_, manifest) in enumerate(parts, start=1)
+               if manifest is None or not manifest["complete"]]
+    if missing:
+        raise UserError(f"{place}: missing or not complete: {', '.join(missing)}; run the same command with "
+                        f"--part {missing[0]} instead of --merge")
+    return parts
 
 
 # the manifest
@@ -361,6 +405,9 @@ def open_shards(data_dir, split):
         if problems:
             raise UserError(f"{problems[0]}; prepare the data again, or restore it")
     keys = sorted(key for key in found if key[0] == split)
+    if not keys and (data_dir / PARTS).is_dir():
+        raise UserError(f"{data_dir} has parts, but no {split} shards: when all parts are complete, run the "
+                        "same fineweb_edu.py command with --merge instead of --part")
     if not keys:
         name, source = Path(data_dir).name, f" --input FILE --data_dir {data_dir}"
         if name in (*DATASETS, *TEXTS):
@@ -492,7 +539,7 @@ def verify(data_dir):
         raise UserError(f"{data_dir} has no {MANIFEST} to verify it against")
     tokenizer_of(data_dir)
     total = 0
-    for split in ("val", "train"):
+    for split in {shard["split"]: None for shard in manifest["shards"]}:  # a part has no val split
         for path, tokens in open_shards(data_dir, split):
             check_digest(path, listed_shards(manifest)[shard_key(path.name)]["digest"])
             if len(tokens) and tokens.max() >= manifest["num_tokens"]:

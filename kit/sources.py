@@ -132,13 +132,21 @@ def store_stdin(path, keep=False):
                             f"continue with --input {path}, or choose another --data_dir")
 
 
-def check_files(files, reader):
-    """Read the beginning of each local file. Raises UserError if one can't be used, or all are empty."""
+def check_files(files, reader, numbers):
+    """Read the beginning of each local file that has one of these numbers.
+
+    Raises UserError if one can't be used, if no file has text, or if none is split where --split_on says.
+    """
     if reader.split_on and not any(format_of(path)[0] == ".txt" for path in files):
         raise UserError(f"--split_on {reader.split_on!r} separates documents of .txt files: there are none")
-    empty = [reader.is_empty(path) for path in files if not HUB_ADDRESS.match(path)]
+    empty = [reader.is_empty(files[n]) for n in numbers if not HUB_ADDRESS.match(files[n])]
     if all(empty) and len(empty) == len(files):
         raise UserError(f"{', '.join(files)}: no text in it")
+
+
+def names(source):
+    """The names of the files that a manifest's source lists: hub addresses, or local names without folder."""
+    return [file if isinstance(file, str) else file["name"] for file in source.get("files", [])]
 
 
 def hub_files(dataset, name, revision=None):
