@@ -268,8 +268,8 @@ def open_manifest(data_dir, request, batches_by):
         manifest = adapt(data_dir, manifest, request)
     different = differences(manifest, request)
     if different:
-        raise UserError(f"{data_dir} contains shards with another {', '.join(different)}: "
-                        "choose another --data_dir")
+        raise UserError(f"{data_dir} contains shards with another {', '.join(different)}: choose another "
+                        f"--data_dir, or remove them and {shards.MANIFEST}")
     if not manifest["complete"] and not can_continue:
         raise UserError(f"{data_dir} was started by another version of this program or of pyarrow, or by a "
                         f"--merge of other parts, and can't be continued: remove its shards and "
@@ -288,7 +288,8 @@ def adapt(data_dir, manifest, request):
         manifest = {**request, **manifest, "skip_null": True}  # in the order of a new manifest
     before, now = manifest["source"].get("files"), request["source"].get("files")
     of_hub = "ref" in manifest["source"] or "ref" in request["source"]
-    if before == now or of_hub or not before or not now or not manifest["shards"]:
+    merging = manifest["batches"][0] == shards.PARTS  # the places count parts, not files
+    if before == now or of_hub or merging or not before or not now or not manifest["shards"]:
         return manifest
     if "part" in request and sources.names(manifest["source"]) != sources.names(request["source"]):
         return manifest
@@ -423,7 +424,9 @@ def merge(data_dir, source, tokenizer="gpt2", **settings):
         different = differences(part, wanted)
         if different:
             raise UserError(f"{folder} was prepared with another {', '.join(different)}: {SAME_FLAGS}")
-    manifest = open_manifest(data_dir, request, [f"shards of {len(parts)} parts"])
+        if part["shards"]:
+            shards.open_shards(folder, "train")  # raises if one is missing: better now than hours later
+    manifest = open_manifest(data_dir, request, [shards.PARTS, len(parts)])
     if manifest["complete"]:
         print(f"{data_dir} is already prepared; --verify {data_dir} checks it")
         return manifest
