@@ -461,9 +461,10 @@ def join_sources(parts, source):
         if known != {**first[1]["source"], "files": sources.names(first[1]["source"])}:
             raise UserError(f"{folder} was prepared from another revision than {first[0]}: remove one of "
                             "them, and prepare it again with the --revision of the other")
-        files = part["source"].get("files", [])
-        own = shards.files_of([number, len(parts)], len(files))
-        joined += files[own.start : own.stop]
+        files = part["source"].get("files")
+        if files:
+            own = shards.files_of([number, len(parts)], len(files))
+            joined += files[own.start : own.stop]
     return {**first[1]["source"], **({"files": joined} if joined else {})}
 
 

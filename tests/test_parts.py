@@ -3,12 +3,16 @@
 import functools
 import gzip
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import hub
 import make
 import pytest
-from runs import assert_refused, run_here, run_script, run_until_killed, start_script
+from runs import ROOT, assert_refused, run_here, run_script, run_until_killed, start_script
 
 import fineweb_edu
 import tokenizer
@@ -55,8 +59,9 @@ def prepare_parts(data_dir, total, *flags):
 
 
 def contents(data_dir):
-    """The files of a directory, without its parts: {name: bytes}."""
-    return {path.name: path.read_bytes() for path in data_dir.iterdir() if path.is_file()}
+    """The files of a directory, without its parts and its lock, which is empty: {name: bytes}."""
+    return {path.name: path.read_bytes() for path in data_dir.iterdir()
+            if path.is_file() and path.name != ".lock"}
 
 
 def shard_names(data_dir):
@@ -91,7 +96,7 @@ def whole(text, learned, tmp_path_factory):
 def test_parts_become_the_bytes_of_one_preparation(tmp_path, text, learned, whole, name, total):
     flags = flags_of(text, learned, *SETTINGS[name])
     prepare_parts(tmp_path / "data", total, *flags)
-    assert list(contents(tmp_path / "data")) == []  # parts that run at the same time share no file
+    assert contents(tmp_path / "data") == {}  # parts that run at the same time share no file
     printed = prepared(tmp_path / "data", *flags, "--merge")
     assert contents(tmp_path / "data") == whole(name)
     assert "tokenizer.json" in whole(name) and len(whole(name)) > 3
@@ -205,7 +210,7 @@ def test_a_merge_needs_the_flags_of_the_parts(tmp_path, text, texts, learned, tw
     tokenizer.train(texts[:9], 512, tmp_path / "other.json")
     flags = flags_of(text, learned, "--shard_size", 3_000, *flags, "--merge")
     refused(tmp_path / "data", *flags, words=words)
-    assert contents(tmp_path / "data").keys() == {".lock"}
+    assert contents(tmp_path / "data") == {}
 
 
 def change_part(folder, change, tmp_path, text, flags):
@@ -381,3 +386,28 @@ def test_parts_of_a_hub_dataset_have_one_revision(tmp_path, texts, learned):
     assert read_manifest(tmp_path / "data")["source"]["revision"] == hub.REVISION
     wrong = run_script(*command, "--data_dir", tmp_path / "data", "--merge", "--name", "x", check=False)
     assert_refused(wrong, "1-of-2", "another name")
+
+
+# ----------------------------------------------------------------------------------------------- by datatrove
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_the_datatrove_pipeline_of_the_docs_writes_the_same_shards(tmp_path, texts, gpt2_tokenizer, tasks):
+    """Three files, the first without a document that the filter keeps."""
+    pytest.importorskip("datatrove")
+    document = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    [script] = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    (tmp_path / "web.py").write_text(script.replace("10**8", "10_000"))
+    (tmp_path / "texts").mkdir()
+    contents_of_files = [["short", "🙂"], texts[:20], ["short", *texts[20:40]]]
+    for number, documents in enumerate(contents_of_files):
+        make.write_jsonl(tmp_path / "texts" / f"{number}.jsonl", documents)
+    process = subprocess.run([sys.executable, "web.py", "texts", "data/web", str(tasks)], cwd=tmp_path,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    make.write_jsonl(tmp_path / "kept.jsonl", [text for text in texts[:40] if len(text) > 500])
+    prepared(tmp_path / "whole" / "web", "--input", tmp_path / "kept.jsonl", "--shard_size", 10_000)
+    joined, expected = contents(tmp_path / "data" / "web"), contents(tmp_path / "whole" / "web")
+    sources = [json.loads(files.pop("manifest.json")) for files in (joined, expected)]
+    assert joined == expected and len(joined) > 3
+    assert sources[0] == {**sources[1], "source": {"dataset": "my web text"}}
