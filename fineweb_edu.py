@@ -281,8 +281,8 @@ def adapt(data_dir, manifest, request):
     """The manifest of an interrupted preparation, changed to a request that keeps finished shards valid.
 
     --skip_null may be added: no null was found so far. Local files may be repaired, replaced, left out or
-    added: the shards that end before the first such file are kept. In a part they may not be left out or
-    added, for its files would become other ones.
+    added: the shards that end before the first such file are kept. Since only a part's own files have digests
+    in its source, a file that comes from another part, or goes to one, counts as changed.
     """
     if request.get("skip_null") and not manifest.get("skip_null"):
         manifest = {**request, **manifest, "skip_null": True}  # in the order of a new manifest
@@ -290,8 +290,6 @@ def adapt(data_dir, manifest, request):
     of_hub = "ref" in manifest["source"] or "ref" in request["source"]
     merging = manifest["batches"][0] == shards.PARTS  # the places count parts, not files
     if before == now or of_hub or merging or not before or not now or not manifest["shards"]:
-        return manifest
-    if "part" in request and sources.names(manifest["source"]) != sources.names(request["source"]):
         return manifest
     changed = next((n for n, (one, other) in enumerate(zip(before, now)) if one != other),
                    min(len(before), len(now)))
@@ -417,15 +415,14 @@ def merge(data_dir, source, tokenizer="gpt2", **settings):
     data_dir = Path(data_dir)
     parts = shards.read_parts(data_dir)
     request = describe(join_sources(parts, source), tokenizer, **settings)
-    for folder, part in parts:
-        wanted = {**request, "source": part["source"], "part": part["part"]}
+    for number, (folder, part) in enumerate(parts, start=1):
+        wanted = {**request, "source": part["source"], "part": [number, len(parts)]}
         if not part.get("skip_null"):  # it had no null, or it would not be complete
             wanted.pop("skip_null", None)
         different = differences(part, wanted)
         if different:
             raise UserError(f"{folder} was prepared with another {', '.join(different)}: {SAME_FLAGS}")
-        if part["shards"]:
-            shards.open_shards(folder, "train")  # raises if one is missing: better now than hours later
+        shards.open_part(folder, part)  # raises if a shard is missing: better now than hours later
     manifest = open_manifest(data_dir, request, [shards.PARTS, len(parts)])
     if manifest["complete"]:
         print(f"{data_dir} is already prepared; --verify {data_dir} checks it")
@@ -438,8 +435,7 @@ def merge(data_dir, source, tokenizer="gpt2", **settings):
                     disable=None)
     with progress, contextlib.closing(writer):
         for number, (folder, part) in enumerate(parts):
-            opened = shards.open_shards(folder, "train") if part["shards"] else []
-            for index, (path, ids) in enumerate(opened):
+            for index, (path, ids) in enumerate(shards.open_part(folder, part)):
                 if (number, index) >= first:
                     shards.check_digest(path, part["shards"][index]["digest"])
                     writer.add(number, index, ids)

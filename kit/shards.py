@@ -255,6 +255,11 @@ def read_parts(data_dir):
     return parts
 
 
+def open_part(folder, manifest):
+    """The shards of a complete part as by `open_shards`; none if its files have no text. Raises UserError."""
+    return open_shards(folder, "train") if manifest["shards"] or find_shards(folder) else []
+
+
 # the manifest
 
 
@@ -288,6 +293,9 @@ def read_manifest(data_dir):
             raise ValueError("it does not describe its shards")
         if manifest["tokenizer"] != "gpt2" and not has(manifest["tokenizer"], dict(file=str, digest=str)):
             raise ValueError("it does not name its tokenizer")
+        if "part" in manifest and not all(isinstance(file, str) or has(file, dict(name=str))
+                                          for file in manifest["source"].get("files", [])):
+            raise ValueError("it does not name the files of its source")
         places = [manifest.get("next"), *(shard["next"] for shard in manifest["shards"] if "next" in shard)]
         if not manifest["complete"] and not (
                 has(manifest, dict(batches=list, val_tokens=(int, type(None))))
@@ -539,12 +547,13 @@ def verify(data_dir):
         raise UserError(f"{data_dir} has no {MANIFEST} to verify it against")
     tokenizer_of(data_dir)
     total = 0
-    for split in {shard["split"]: None for shard in manifest["shards"]}:  # a part has no val split
-        for path, tokens in open_shards(data_dir, split):
-            check_digest(path, listed_shards(manifest)[shard_key(path.name)]["digest"])
-            if len(tokens) and tokens.max() >= manifest["num_tokens"]:
-                offset = int((tokens >= manifest["num_tokens"]).argmax())
-                raise UserError(f"{path} contains id {tokens[offset]} at offset {offset}, but the "
-                                f"tokenizer's last id is {manifest['num_tokens'] - 1}")
-            total += len(tokens)
+    opened = (open_part(data_dir, manifest) if "part" in manifest else
+              open_shards(data_dir, "val") + open_shards(data_dir, "train"))
+    for path, tokens in opened:
+        check_digest(path, listed_shards(manifest)[shard_key(path.name)]["digest"])
+        if len(tokens) and tokens.max() >= manifest["num_tokens"]:
+            offset = int((tokens >= manifest["num_tokens"]).argmax())
+            raise UserError(f"{path} contains id {tokens[offset]} at offset {offset}, but the "
+                            f"tokenizer's last id is {manifest['num_tokens'] - 1}")
+        total += len(tokens)
     return total

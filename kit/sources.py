@@ -132,14 +132,15 @@ def store_stdin(path, keep=False):
                             f"continue with --input {path}, or choose another --data_dir")
 
 
-def check_files(files, reader, numbers):
-    """Read the beginning of each local file that has one of these numbers.
+def check_files(files, reader, numbers=None):
+    """Read the beginning of each local file, or of those with these numbers.
 
-    Raises UserError if one can't be used, if no file has text, or if none is split where --split_on says.
+    Raises UserError if one can't be used, if all files are empty, or if --split_on fits none of them.
     """
     if reader.split_on and not any(format_of(path)[0] == ".txt" for path in files):
         raise UserError(f"--split_on {reader.split_on!r} separates documents of .txt files: there are none")
-    empty = [reader.is_empty(files[n]) for n in numbers if not HUB_ADDRESS.match(files[n])]
+    checked = files if numbers is None else [files[number] for number in numbers]
+    empty = [reader.is_empty(path) for path in checked if not HUB_ADDRESS.match(path)]
     if all(empty) and len(empty) == len(files):
         raise UserError(f"{', '.join(files)}: no text in it")
 

@@ -113,6 +113,9 @@ def test_parts_come_together_from_the_disks_of_several_machines(tmp_path, text, 
     flags = flags_of(text, learned, *SETTINGS["bin"])
     for number in (1, 2, 3):
         prepared(tmp_path / f"machine {number}", *flags, "--part", f"{number}/3")
+        source = read_manifest(tmp_path / f"machine {number}" / "parts" / f"{number}-of-3")["source"]
+        read = [index for index, file in enumerate(source["files"]) if "digest" in file]
+        assert read == [2 * number - 2, 2 * number - 1]  # each machine reads its own files only
         shutil.copytree(tmp_path / f"machine {number}" / "parts", tmp_path / "data" / "parts",
                         dirs_exist_ok=True)
     prepared(tmp_path / "data", *flags, "--merge")
@@ -174,10 +177,11 @@ def test_a_merge_does_not_continue_with_other_parts(tmp_path, text, learned):
         prepared(tmp_path / "other", *flags, "--part", f"{number}/3")
     (tmp_path / "other" / "parts").rename(data / "parts")
     refused(data, *flags, "--merge", words=[data, "other parts", "manifest.json"])
-    # the first file changes: the shards that were joined are not those of the new parts
+    # a file of the first part changes, which has a higher number than the part that was being joined
     shutil.rmtree(data / "parts")
     shutil.copytree(text, tmp_path / "changed")
-    make.write_parquet(tmp_path / "changed" / "a.parquet", ["something else"])
+    with gzip.open(tmp_path / "changed" / "c.jsonl.gz", "wt") as file:
+        file.write('{"text": "something else"}')
     flags[1] = tmp_path / "changed"
     prepare_parts(tmp_path / "third", 2, *flags)
     (tmp_path / "third" / "parts").rename(data / "parts")
@@ -225,6 +229,9 @@ def change_part(folder, change, tmp_path, text, flags):
         make.damage(sorted(folder.glob("*.npy"))[1], "one byte flipped")
     elif change == "a shard less":
         sorted(folder.glob("*.npy"))[1].unlink()
+    elif change == "another's":
+        shutil.rmtree(folder)
+        shutil.copytree(folder.with_name("1-of-2"), folder)
     elif change == "of three":
         prepared(folder.parent.parent, *flags, "--part", "3/3")
     else:
@@ -243,6 +250,7 @@ def change_part(folder, change, tmp_path, text, flags):
     ("incomplete", ["parts: missing or not complete: 2/2;", "--part 2/2"]),
     ("damaged", ["2-of-2_train_000001.npy", "has changed"]),
     ("a shard less", ["2-of-2_train_000001.npy", "missing"]),
+    ("another's", ["2-of-2", "another part"]),
     ("of three", ["parts of 2 and of 3", "remove those"]),
     ("other input", ["2-of-2", "another files"]),
     ("other flags", ["2-of-2", "another val_tokens_asked"]),
@@ -316,7 +324,7 @@ def test_a_part_with_nulls_does_not_ask_for_new_parts_elsewhere(tmp_path, texts,
     assert contents(tmp_path / "data") == contents(tmp_path / "whole" / "data")
 
 
-def test_a_file_of_a_part_may_be_repaired_but_not_left_out(tmp_path, texts, learned):
+def test_a_file_of_a_part_may_be_repaired_but_no_file_added(tmp_path, texts, learned):
     files = [make.write_jsonl(tmp_path / f"{name}.jsonl", texts[9 * n : 9 * n + 9])
              for n, name in enumerate("abcd")]
     flags = ["--input", *files, "--tokenizer", learned, "--shard_size", 50_000]
@@ -326,8 +334,9 @@ def test_a_file_of_a_part_may_be_repaired_but_not_left_out(tmp_path, texts, lear
     process = run_here(fineweb_edu, *flags, "--data_dir", tmp_path / "data", "--part", "2/2")
     assert_refused(process, "d.jsonl:", "kept: repair or replace the file, and the same command continues")
     assert len(shard_names(tmp_path / "data" / "parts" / "2-of-2")) == 1
-    without = [*flags[:3], *flags[5:]]  # b and d left out: c is no longer a file of part 2
-    refused(tmp_path / "data", *without, "--part", "2/2", words=["2-of-2", "another source"])
+    more = [make.write_jsonl(tmp_path / f"{name}.jsonl", texts[40:44]) for name in "ef"]
+    more = ["--input", *files, *more, *flags[5:]]  # c would become a file of part 1
+    refused(tmp_path / "data", *more, "--part", "2/2", words=["2-of-2", "another source"])
     files[3].write_text(complete)
     assert "keeping 1 shard" in prepared(tmp_path / "data", *flags, "--part", "2/2")
     prepared(tmp_path / "data", *flags, "--merge")

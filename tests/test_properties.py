@@ -541,6 +541,38 @@ def test_any_manifest_opens_its_shards_or_is_refused_in_one_line(shards, interru
             assert run(fineweb_edu, *flags)[0] == 2
 
 
+@pytest.fixture(scope="module")
+def two_parts(learned, tmp_path_factory):
+    """The arguments of `merge` for two parts of one file each, and their stream."""
+    path = tmp_path_factory.mktemp("parts")
+    files, text = [path / "a.txt", path / "b.txt"], "The quick brown fox jumps over the lazy dog. " * 20
+    for number, file in enumerate(files, start=1):
+        file.write_text(text)
+        source = {"files": [{"name": "a.txt"}, {"name": "b.txt"}]}
+        fineweb_edu.prepare(files, path / "data/parts" / f"{number}-of-2", source, learned, shard_size=100,
+                            part=[number, 2])
+    ids = [get_tokenizer(learned).eot_token, *get_tokenizer(learned).encode_ordinary(text)]
+    return (path / "data", {"files": ["a.txt", "b.txt"]}, learned), 2 * ids
+
+
+@cases(200)
+@given(st.data())
+def test_any_manifest_of_a_part_is_merged_or_refused_in_one_line(two_parts, data):
+    (source, *arguments), stream = two_parts
+    manifest = json.loads((source / "parts/2-of-2/manifest.json").read_text())
+    text = data.draw((changed(manifest) | changed(manifest) | JSON).map(json.dumps) | st.just("deep"))
+    with folder() as path:
+        shutil.copytree(source, path / "data")
+        (path / "data/parts/2-of-2/manifest.json").write_text(deepened(text))
+        try:
+            fineweb_edu.merge(path / "data", *arguments, shard_size=100)
+        except UserError as error:
+            assert str(error)
+            return
+        joined = [ids for split in ("val", "train") for _, ids in open_shards(path / "data", split)]
+        assert np.concatenate(joined).tolist() == stream
+
+
 # --------------------------------------------------------------------------------------------------- training
 
 
