@@ -402,11 +402,15 @@ def test_parts_of_a_hub_dataset_have_one_revision(tmp_path, texts, learned):
 
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_the_datatrove_pipeline_of_the_docs_writes_the_same_shards(tmp_path, texts, gpt2_tokenizer, tasks):
-    """Three files, the first without a document that the filter keeps."""
+    """Three files, the first without a document that the filter keeps; a killed task has left a shard."""
     pytest.importorskip("datatrove")
     document = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     [script] = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
-    (tmp_path / "web.py").write_text(script.replace("10**8", "10_000"))
+    script = script.replace("10**8", "10_000").replace("(documents, 1000)", "(documents, 7)")
+    (tmp_path / "web.py").write_text(script)
+    left = shards.part_folder(tmp_path / "data" / "web", 1, tasks) / f"1-of-{tasks}_train_000000.npy"
+    left.parent.mkdir(parents=True)
+    left.touch()
     (tmp_path / "texts").mkdir()
     contents_of_files = [["short", "🙂"], texts[:20], ["short", *texts[20:40]]]
     for number, documents in enumerate(contents_of_files):
