@@ -35,6 +35,9 @@ def parse_args(argv=None):
     add("--init_from", metavar="MODEL", help=f"start from the weights and shape of {MODEL}")
     add("--eval_only", action="store_true",
         help="evaluate and sample from log_dir's newest checkpoint, or the model of --init_from; no training")
+    add("--plan", nargs="?", type=integer(1), const=1, metavar="GPUS",
+        help="print what the run needs on so many GPUs (default: 1): memory, disk, time; no training")
+    add("--plan_mfu", type=number(0.01, 1), metavar="X", help="MFU for --plan (default: of llm.c's runs)")
     add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
         help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32; "
@@ -110,7 +113,7 @@ import checkpoint
 import fineweb_edu
 import hellaswag
 from checkpoint import Progress, Saver
-from kit import shards
+from kit import plan, shards
 from kit.device import (
     Precision,
     compile_model,
@@ -580,6 +583,9 @@ def train(args, at_exit):
 
 def main(args):
     """Train, or with --eval_only evaluate: a run of no steps whose log directory is temporary."""
+    if args.plan:
+        print(*plan.lines(plan.make(args, model_config(args), args.plan)), sep="\n")
+        return
     with unbreakable_output(), contextlib.ExitStack() as at_exit, explain_errors(args.timeout):
         if args.eval_only:
             source = args.init_from or str(checkpoint.resolve(args.log_dir))

@@ -1,8 +1,7 @@
 """GPT-2 1558M and 774M on a CPU, with random weights, inside 24 GB of memory.
 
-It takes a quarter of an hour and 20 GB of disk: `python -m pytest -m slow tests/test_large.py -s` prints the
-peak memory of each step. AdamW's update of 1558M in fp32 would take 16 bytes a parameter = 24.9 GB, so the
-update is that of 774M.
+`python -m pytest -n 0 -m slow -s tests/test_large.py` prints the peak memory of each step, and needs 7 GB of
+disk. AdamW's update of 1558M would take 16 bytes a parameter = 24.9 GB, so the update is that of 774M.
 """
 
 import subprocess
@@ -12,7 +11,7 @@ import time
 import pytest
 from runs import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("large")]
+pytestmark = pytest.mark.slow
 
 START = """
 import sys

@@ -1,0 +1,107 @@
+"""--plan: its counters are those of a run, its memory and time near what was measured and published."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import assert_refused, flags_of, run_here, run_script
+
+import train_gpt2
+from kit import plan
+from model import GPT, GPT2_SIZES, GPTConfig
+
+
+def plan_of(*flags, gpus=1):
+    args = train_gpt2.parse_args(list(map(str, flags)))
+    return plan.make(args, train_gpt2.model_config(args), gpus)
+
+
+def test_its_counters_are_those_of_a_run(shards, tmp_path):
+    flags = flags_of(shards, tmp_path / "log", "--micro_batch_size", 2, "--norm", "rmsnorm")
+    flags.remove("--vocab_size"), flags.remove("512")  # of the data
+    output = run_here(train_gpt2, *flags).stdout
+    record = json.loads((tmp_path / "log" / "run.json").read_text())["starts"][-1]
+    planned = plan_of(*flags)
+    assert planned.N == record["parameters"] and planned.flops_per_token == record["flops_per_token"]
+    assert f"{planned.args.max_steps} steps, {planned.epochs:.2f} epochs" in output
+    assert f"x 1 rank x {planned.micro_batches} micro-batches" in output
+    saved = json.loads((tmp_path / "log" / "ckpt_000012" / "meta.json").read_text())["files"]
+    tensors = sum(file["bytes"] for name, file in saved.items() if name.endswith(".safetensors"))
+    assert tensors == pytest.approx(planned.checkpoint_bytes, rel=0.05)  # the files have headers
+
+
+def test_it_needs_no_data_and_writes_nothing(tmp_path):
+    process = run_script("train_gpt2.py", "--plan", 8, "--data_dir", tmp_path / "none", "--log_dir",
+                         tmp_path / "log", "--micro_batch_size", 64)
+    assert "124,475,904 parameters" in process.stdout and "assumed: FineWeb-Edu's" in process.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--init_from", "gpt2"], "--init_from"), (["--micro_batch_size", "auto"], "--micro_batch_size auto"),
+    (["--micro_batch_size", 1024], "--total_batch_size 524288"),
+])
+def test_what_it_can_not_plan_is_refused(flags, words):
+    assert_refused(run_here(train_gpt2, "--plan", 8, *flags), words)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--max_steps", 10**6], "each token is read"), (["--warmup_steps", 10**5], "the whole run is warm-up"),
+    (["--n_embd", 12 * 1024, "--n_layer", 96], "no card here has enough memory"),
+    (["--total_batch_size", 32 * 1024], "64 GPUs can't be used"),
+])
+def test_it_warns(flags, words):
+    warnings = [line for line in plan.lines(plan_of(*flags)) if line.startswith("warning:")]
+    assert len(warnings) == 1 and words in warnings[0]
+    assert not any("warning" in line for line in plan.lines(plan_of()))
+
+
+# hours of training on eight cards, as llm.c has published them in its discussions 481 and 677. The assumed
+# MFU is that of another run, except on A100s
+@pytest.mark.parametrize("card, size, tokens, hours", [
+    ("A100", "gpt2", 10e9, 94 / 60), ("H100", "gpt2", 10e9, 45.6 / 60), ("H100", "gpt2-xl", 33.6e9, 24.9)])
+def test_its_time_is_near_published_runs(card, size, tokens, hours):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**GPT2_SIZES[size]))
+    args = SimpleNamespace(max_steps=tokens, total_batch_size=1, sequence_length=1024, plan_mfu=None)
+    predicted = plan.Plan(args, model, 8, 10**10, True).seconds(card, 8) / 3600
+    print(f"{card}, {size}: {predicted:.2f} h, published {hours:.2f} h")
+    assert 0.8 < predicted / hours < 1.2
+
+
+# flags and ranks; what dominates: parameters, vocabulary, activations, checkpointed ones, DDP, shards
+CONFIGS = {
+    "parameters": (1, "--n_layer 16 --n_embd 512 --sequence_length 128 --micro_batch_size 1 "
+                      "--total_batch_size 256"),
+    "vocabulary": (1, "--n_layer 2 --n_embd 512 --vocab_size 50304 --sequence_length 256 "
+                      "--micro_batch_size 4 --total_batch_size 1024"),
+    "activations": (1, "--n_layer 8 --n_embd 256 --sequence_length 512 --micro_batch_size 16 "
+                       "--total_batch_size 8192"),
+    "checkpointed": (1, "--n_layer 8 --n_embd 256 --sequence_length 512 --micro_batch_size 16 "
+                        "--total_batch_size 8192 --checkpoint_activations"),
+    "ddp": (2, "--n_layer 12 --n_embd 512 --vocab_size 4096 --sequence_length 128 --micro_batch_size 4 "
+               "--total_batch_size 2048"),
+    "shard": (2, "--n_layer 12 --n_embd 512 --vocab_size 4096 --sequence_length 128 --micro_batch_size 4 "
+                 "--total_batch_size 2048 --shard"),
+}
+
+
+@pytest.mark.slow
+def test_its_memory_is_near_the_measured_peak(shards, tmp_path):
+    """On a CPU. The process itself is measured with a model of no size."""
+    def peak(ranks, flags):
+        log_dir = tmp_path / str(len(list(tmp_path.iterdir())))
+        flags = flags_of(shards, log_dir, "--n_head", 8, "--val_every", 0, "--save_every", 0,
+                         "--max_steps", 4, *flags.split())
+        run_script(*(("torchrun", ranks) if ranks > 1 else ()), "train_gpt2.py", *flags)
+        record = json.loads((log_dir / "run.json").read_text())
+        return record["peak_memory_bytes"], plan_of(*flags, gpus=ranks)
+
+    process = {ranks: peak(ranks, "--micro_batch_size 1")[0] for ranks in (1, 2)}
+    for name, (ranks, flags) in CONFIGS.items():
+        measured, planned = peak(ranks, flags)
+        predicted = process[ranks] + sum(planned.memory("cpu", sharded=name == "shard").values())
+        print(f"| {name} | {planned.N / 1e6:.1f}M | {predicted / 1e6:,.0f} MB | {measured / 1e6:,.0f} MB | "
+              f"{predicted / measured - 1:+.1%} |")
+        assert 0.85 < predicted / measured < 1.15, name
