@@ -148,11 +148,11 @@ def lines(plan):
         result.append(f"  {card + ',':<9} {size} GB: "
                       + (f"--micro_batch_size up to {max(fits)}" if fits else "does not fit"))
     result += ["", "Training time: FLOPs / (GPUs x peak x MFU), without evaluations and communication",
-               f"  {'GPUs':<28}{'1':>10}{'8':>10}{'64':>10}   GPU-hours"]
+               f"  {'GPUs':<31}{'1':>8}{'8':>10}{'64':>10}   GPU-hours"]
     for card, (mfu, source) in MFU.items():
         hours = [plan.seconds(card, gpus) / 3600 for gpus in (1, 8, 64)]
         label = f"{card}, MFU {args.plan_mfu or mfu} ({'--plan_mfu' if args.plan_mfu else source})"
-        result.append(f"  {label:<28}" + "".join(f"{each:8.1f} h" for each in hours) + f"{hours[0]:10,.0f}")
+        result.append(f"  {label:<31}" + "".join(f"{each:6.1f} h  " for each in hours) + f"{hours[0]:10,.0f}")
     return result + limits(plan) + warnings(plan, needed)
 
 
