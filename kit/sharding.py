@@ -5,9 +5,6 @@ optimizer tensor, and gathers the weights of a block just before that is compute
 all ranks. Whatever else reads the model takes a `whole_copy`.
 """
 
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kit.device import type_of
@@ -41,6 +38,9 @@ def check_shardable(args, precision):
 
 def shard(model, ranks):
     """Shard a GPT on the CPU in place, with rank 0's weights: block by block, then the rest. Returns it."""
+    from torch.distributed.device_mesh import DeviceMesh  # it and FSDP take a second to import
+    from torch.distributed.fsdp import fully_shard
+
     ranks.copy_from_first(model.parameters())
     mesh = DeviceMesh.from_group(ranks.group, type_of(ranks.device))
     for unit in (*model.transformer.h, model):
@@ -49,12 +49,12 @@ def shard(model, ranks):
 
 
 def is_sharded(model):
-    return isinstance(model, FSDPModule)
+    return hasattr(model, "set_requires_gradient_sync")  # of FSDP's classes
 
 
 def whole(tensor):
     """A sharded tensor with the parts of all ranks, which must call this together; another tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def whole_on_cpu(tensors, keep, copy):
@@ -84,12 +84,14 @@ def whole_copy(model):
 
 def local(tensor):
     """This rank's part of a sharded tensor; another tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def shard_like(tensor, parameter):
     """A tensor sharded like a parameter of the same shape, if that is sharded."""
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, "placements"):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements,
                              src_data_rank=None)  # every rank has the tensor: none needs to send it
