@@ -54,7 +54,7 @@ def parse_args(argv=None):
     add("--scaling", metavar="LAYERSxWIDTH,...", type=sizes_of, default=[],
         help="train one arm at five or more sizes, and predict the largest's loss from the others")
     add("--tokens_per_parameter", type=number(0.01), default=20.0,
-        help="training tokens per parameter of the blocks, with --scaling")
+        help="training tokens per parameter, with --scaling")
     add("--speedrun", action="store_true", help="time the whole commands of two arms: docs/speedrun.md")
     add("--out", default="log_compare", metavar="DIR", help="directory of the runs and the report")
     add("--nproc", type=integer(1), default=1, metavar="N", help="ranks of each run, started by torchrun")
@@ -366,19 +366,20 @@ def speedrun(arms, args):
 def scaling(arm, args):
     """Train an arm at several sizes, predict the largest one's loss from the others; return report lines."""
     flags = train_gpt2.parse_args(arm.words)
-    sizes = {}  # parameters of the blocks: flags of the run
+    # Size is the number of all parameters. Against the blocks' alone, the losses of small models bend away from
+    # a power law (Pearce and Song 2024, https://arxiv.org/abs/2406.12907)
+    sizes = {}  # parameters: flags of the run
     for n_layer, n_embd in args.scaling:
         n_head = max(1, n_embd * flags.n_head // flags.n_embd)  # heads keep their width
         shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         if n_embd % n_head:
             raise UserError(f"--scaling {n_layer}x{n_embd}: the width must be a multiple of {n_head} heads")
         with torch.device("meta"):
-            blocks = GPT(replace(train_gpt2.model_config(flags), **shape)).transformer.h
-        size = sum(p.numel() for p in blocks.parameters())
+            size = GPT(replace(train_gpt2.model_config(flags), **shape)).num_params()
         steps = round(args.tokens_per_parameter * size / flags.total_batch_size)
         sizes[size] = dict(**shape, max_steps=max(1, steps))
     *fitted, held_out = sorted(sizes)
-    lines = ["| layers x width | parameters of the blocks | steps | validation loss |", "|---|---|---|---|"]
+    lines = ["| layers x width | parameters | steps | validation loss |", "|---|---|---|---|"]
     losses = {}
 
     def measure(size):
@@ -415,7 +416,7 @@ def picture_of_scaling(law, size, loss):
     axes.plot(x, middle, color=curves.COLORS[0], linewidth=1, label="fit")
     axes.plot(law.sizes, law.losses, "o", color=curves.COLORS[0], label="fitted")
     axes.plot(size, loss, "s", color=curves.COLORS[1], label="held out")
-    axes.set(xscale="log", yscale="log", xlabel="parameters of the blocks",
+    axes.set(xscale="log", yscale="log", xlabel="parameters",
              ylabel="validation loss, nats per token")
     axes.xaxis.set_major_formatter(lambda size, _: curves.short(size))
     axes.yaxis.set_major_formatter("{x:.3g}")

@@ -98,7 +98,7 @@ def test_sizes_are_trained_and_the_largest_is_predicted(shards, tmp_path, train_
     report, lines = (out / "report.md").read_text(), process.stdout.splitlines()
     rows = [line.split(" | ") for line in report.splitlines() if " x " in line][1:]
     assert [row[0].strip("| ") for row in rows] == [size.replace("x", " x ") for size in sizes]
-    assert rows[2][1:3] == ["25,408", "10"]  # 0.1 tokens each, 256 tokens a step
+    assert rows[2][1:3] == ["42,880", "17"]  # 0.1 tokens each, 256 tokens a step
     predicted = next(i for i, line in enumerate(lines) if line.startswith("predicted loss of "))
     assert "n_layer=3,n_head=3,n_embd=48" in lines[predicted + 1] and "Measured: " in report
     assert (out / "curves.png").stat().st_size > 10_000
