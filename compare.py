@@ -366,7 +366,7 @@ def speedrun(arms, args):
 def scaling(arm, args):
     """Train an arm at several sizes, predict the largest one's loss from the others; return report lines."""
     flags = train_gpt2.parse_args(arm.words)
-    # Size is the number of all parameters. Counted without embeddings, small models bend away from a power law
+    # Size is the number of all parameters. Without embeddings, small models bend away from a power law
     # (Pearce and Song 2024, https://arxiv.org/abs/2406.12907)
     sizes = {}  # parameters: flags of the run
     for n_layer, n_embd in args.scaling:
