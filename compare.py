@@ -120,16 +120,13 @@ if __name__ == "__main__":
     args = from_command_line(parse_args)
 
 import numpy as np
-import torch
 
 import fineweb_edu
 import train_gpt2
-from kit import curves
+from kit import curves, plan, shards
 from kit.experiments import PowerLaw, Result, as_text, interval, with_deviation
 from kit.files import UserError, atomic_write, count, run_script
 from kit.record import source
-from kit.shards import open_shards
-from model import GPT
 
 
 @dataclass
@@ -330,7 +327,7 @@ def prepare_data(arm):
 def halve_val(arm):
     """Half of the tokens of the val split that the arm reads."""
     flags = prepare_data(arm)
-    length = sum(len(tokens) for _, tokens in open_shards(flags.data_dir, "val"))
+    length = sum(len(tokens) for _, tokens in shards.open_shards(flags.data_dir, "val"))
     return min(length, flags.val_tokens) // 2
 
 
@@ -365,7 +362,8 @@ def speedrun(arms, args):
 
 def scaling(arm, args):
     """Train an arm at several sizes, predict the largest one's loss from the others; return report lines."""
-    flags = train_gpt2.parse_args(arm.words)
+    flags = prepare_data(arm)
+    manifest = shards.read_manifest(flags.data_dir)
     # Size is the number of all parameters. Without embeddings, small models bend away from a power law
     # (Pearce and Song 2024, https://arxiv.org/abs/2406.12907)
     sizes = {}  # parameters: flags of the run
@@ -374,8 +372,8 @@ def scaling(arm, args):
         shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         if n_embd % n_head:
             raise UserError(f"--scaling {n_layer}x{n_embd}: the width must be a multiple of {n_head} heads")
-        with torch.device("meta"):
-            size = GPT(replace(train_gpt2.model_config(flags), **shape)).num_params()
+        config = replace(train_gpt2.model_config(flags), **shape)
+        size = plan.model_on_meta(flags, config, manifest).num_params()
         steps = round(args.tokens_per_parameter * size / flags.total_batch_size)
         sizes[size] = dict(**shape, max_steps=max(1, steps))
     *fitted, held_out = sorted(sizes)

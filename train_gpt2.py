@@ -338,8 +338,8 @@ def with_vocab_size(args, data, newest):
     if args.vocab_size:
         return args
     saved = newest.meta.get("identity", {}) if newest else {}
-    padded = math.ceil(data.num_tokens / 128) * 128  # for faster matmuls on GPUs
-    return argparse.Namespace(**{**vars(args), "vocab_size": saved.get("vocab_size") or padded})
+    size = saved.get("vocab_size") or recipe.pad_vocabulary(data.num_tokens)
+    return argparse.Namespace(**{**vars(args), "vocab_size": size})
 
 
 def open_model(args, config, data, identity, newest, run, ranks):

@@ -114,12 +114,19 @@ def make(args, config, gpus):
     manifest = shards.read_manifest(args.data_dir)
     listed = manifest["shards"] if manifest else ()
     tokens = sum(shard["tokens"] for shard in listed if shard["split"] == "train")
+    return Plan(args, model_on_meta(args, config, manifest), gpus, tokens or NOMINAL_TOKENS, not tokens)
+
+
+def model_on_meta(args, config, manifest):
+    """A GPT without values: a GPTConfig's, with the vocabulary of the data if --vocab_size is not given.
+
+    manifest: of the data; None if there is none yet.
+    """
     if manifest and not args.vocab_size:
         ids = manifest["num_tokens"]
-        config = replace(config, num_tokens=ids, vocab_size=math.ceil(ids / 128) * 128)
+        config = replace(config, num_tokens=ids, vocab_size=recipe.pad_vocabulary(ids))
     with torch.device("meta"):
-        model = GPT(config)
-    return Plan(args, model, gpus, tokens or NOMINAL_TOKENS, not tokens)
+        return GPT(config)
 
 
 def lines(plan):

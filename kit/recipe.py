@@ -5,6 +5,7 @@ find unchanged), --allow_change, the recipe by which reference runs are matched,
 """
 
 import argparse
+import math
 from dataclasses import dataclass
 
 from kit.files import UserError
@@ -110,6 +111,11 @@ def add_flags(parser, **defaults):
                 kind = dict(type=make_type(**{name: x for name, x in limits.items() if x is not None}))
             kind = dict(default=setting.default, help=setting.help) | kind | defaults
             group.add_argument(f"--{setting.name}", **kind)
+
+
+def pad_vocabulary(num_tokens):
+    """The rows of the embedding for a tokenizer's number of ids: padded, for faster matmuls on GPUs."""
+    return math.ceil(num_tokens / 128) * 128
 
 
 def count_micro_batches(args, world_size):

@@ -1,5 +1,6 @@
 """Comparisons of recipes: the statistics, and compare.py as a user runs it."""
 
+import json
 import shutil
 import time
 
@@ -91,6 +92,7 @@ def test_a_comparison_is_trained_resumed_and_reported(shards, tmp_path, train_he
 
 def test_sizes_are_trained_and_the_largest_is_predicted(shards, tmp_path, train_here):
     base, out = write_config(tmp_path / "base.txt", "--data_dir", shards), tmp_path / "out"
+    base.write_text(base.read_text().replace("--vocab_size 512", ""))  # the data's vocabulary counts
     sizes = ["1x16", "1x32", "2x32", "2x48", "3x48"]
     process = run_here(compare, "--scaling", ",".join(sizes), base, "--out", out, "--tokens_per_parameter",
                        0.1)
@@ -99,6 +101,8 @@ def test_sizes_are_trained_and_the_largest_is_predicted(shards, tmp_path, train_
     rows = [line.split(" | ") for line in report.splitlines() if " x " in line][1:]
     assert [row[0].strip("| ") for row in rows] == [size.replace("x", " x ") for size in sizes]
     assert rows[2][1:3] == ["42,880", "17"]  # 0.1 tokens each, 256 tokens a step
+    records = [json.loads(path.read_text()) for path in out.glob("*/*/run.json")]
+    assert {f"{record['starts'][-1]['parameters']:,}" for record in records} == {row[1] for row in rows}
     predicted = next(i for i, line in enumerate(lines) if line.startswith("predicted loss of "))
     assert "n_layer=3,n_head=3,n_embd=48" in lines[predicted + 1] and "Measured: " in report
     assert (out / "curves.png").stat().st_size > 10_000
