@@ -1,4 +1,4 @@
-"""All that a GPU has to show about this project, in one command and a limited time.
+"""Everything to test and to measure on a GPU, in one command and a limited time.
 
     python bench_gpu.py --minutes 25 --json gpu.json
 
@@ -21,7 +21,7 @@ from kit.flags import Parser, from_command_line, number
 # the stages, and how many seconds each may take
 STAGES = dict(card=60, tests=360, train=240, profile=150, peers=480, choices=480, recipe=900)
 ROOT = Path(__file__).parent
-# of the train and profile stages: 124M at a tenth of its batch, or a tiny model for a test on a CPU
+# of the train and profile stages: 124M at a quarter of its batch, or a tiny model for a test on a CPU
 FULL = "--total_batch_size 131072 --val_tokens 131072"
 TINY = ("--n_layer 2 --n_head 2 --n_embd 32 --sequence_length 32 --total_batch_size 512 --val_tokens 512 "
         "--micro_batch_size 8 --no-compile")
@@ -31,14 +31,14 @@ def parse_args(argv=None):
     parser = Parser(description="Test and measure this project on a GPU.",
                     usage="python bench_gpu.py [--minutes N] [--json OUT] [--flag value ...]")
     add = parser.add_argument
-    add("--minutes", type=number(0.1), default=25.0, help="stop after this time")
+    add("--minutes", type=number(0.1), default=25.0, help="stop after this many minutes")
     add("--json", metavar="OUT", default="bench_gpu.json", help="file of the results")
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
-        help=f"which of {', '.join(STAGES)}")
+        help=f"which of {', '.join(STAGES)} (default: all)")
     add("-d", "--device", default="cuda", help="cuda, or cpu with --tiny")
     add("--peer", action="append", default=[], metavar="NAME=DIR", help="as in bench.py")
     add("--hellaswag_data", metavar="FILE", help="local HellaSwag examples, for the peers")
-    add("--data_dir", default="edu_fineweb10B", metavar="DIR", help="real shards, if they exist")
+    add("--data_dir", default="edu_fineweb10B", metavar="DIR", help="real shards, for the recipe stage")
     add("--tiny", action="store_true", help="a tiny model: tests this command, measures nothing")
     args = parser.parse_args(argv)
     if not Path(args.json).absolute().parent.is_dir():
@@ -198,7 +198,7 @@ class Arm(bench.Arm):
 
 
 def training_arm(device, tiny, choice=None):
-    """A unit is an optimizer step on 8 micro-batches; it takes so many seconds per token."""
+    """A unit is an optimizer step on 8 micro-batches; its result is the seconds per token, and the loss."""
     process, change, more = CHOICES.get(choice, (None, None, {}))
     scale = more.get("scale", 1)
     tune(device, training=True)
@@ -287,7 +287,7 @@ def recipe(args):
 
 
 def run_stage(name, args, seconds, keep):
-    """Run a stage in a process group of its own, for so long at most. keep: called with each result."""
+    """Run a stage in a process group of its own, for at most `seconds`. keep: called with each result."""
     request = json.dumps({**vars(args), "stage": name})
     process = subprocess.Popen([sys.executable, __file__, "--stage", request], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)

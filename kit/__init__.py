@@ -1,1 +1,1 @@
-"""Modules that are only imported. Of the root they import tokenizer.py alone."""
+"""Modules that are only imported. Of the files in the root they import only model.py and tokenizer.py."""
