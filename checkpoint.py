@@ -329,7 +329,7 @@ def find_for_resume(log_dir, ranks):
 
 
 def prune(log_dir, keep, step, keep_every=0):
-    """Remove all but the newest `keep` checkpoints up to `step`, and all but the multiples of keep_every.
+    """Remove the checkpoints up to `step`, except the newest `keep` and those at multiples of keep_every.
 
     Checkpoints beyond `step` are damaged ones that the run will replace. What can't be removed stays.
     """
@@ -498,7 +498,7 @@ def check_tokenizer(source, tokenizer, data_dir, say):
                         "again with the model's, fineweb_edu.py --tokenizer FILE")
     lacking = ", ".join(token for token in special if token not in ours)
     if lacking:
-        say(f"the tokenizer of this run is that of {data_dir}: it lacks {lacking} of {source}")
+        say(f"this run has the tokenizer of {data_dir}, which lacks {lacking} of {source}")
 
 
 def load_to_train(args, data, say):

@@ -153,10 +153,10 @@ def build_encoding(name, spec):
 
     model, splitter = spec["model"], spec.get("pre_tokenizer") or {}
     if model.get("type", "BPE") != "BPE" or spec.get("normalizer"):
-        raise ValueError(f"it is no BPE, or has the normalizer {spec.get('normalizer')}")
+        raise ValueError(f"it is not a BPE, or has the normalizer {spec.get('normalizer')}")
     if splitter.get("type") != "ByteLevel" or (
             splitter["add_prefix_space"] or not splitter.get("use_regex", True)):
-        raise ValueError("its pre_tokenizer splits text in another way than GPT-2's")
+        raise ValueError("its pre_tokenizer splits text differently from GPT-2's")
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     joined = ["".join(pair) for pair in pairs]
     made = {*byte_symbols(), *joined}
@@ -164,7 +164,7 @@ def build_encoding(name, spec):
         odd = next((flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)), None)
         if odd or not token.get("special", True):
             raise ValueError(f"its added token {token['content']!r} " + (
-                f"has {odd}" if odd else "is not special; if it never stands in a text, mark it as special"))
+                f"has {odd}" if odd else "is not special; if it never occurs in a text, mark it as special"))
     special = {token["content"]: token["id"] for token in spec["added_tokens"]}
     if special.keys() & made:
         raise ValueError(f"its added token {min(special.keys() & made)!r} is an ordinary token too")
@@ -188,7 +188,7 @@ def build_encoding(name, spec):
         if [piece.id for piece in theirs.model.tokenize(token)] != [i]:
             raise ValueError(f"its merges do not make its token {token!r}")
     if theirs.encode(PROBE).ids != encoding.encode_ordinary(PROBE):
-        raise ValueError("it encodes text in another way than GPT-2's")
+        raise ValueError("it encodes text differently from GPT-2's")
     return encoding
 
 

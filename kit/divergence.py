@@ -52,7 +52,7 @@ def skip_or_stop(progress, loss, norm, args, loader, raw_model, precision, run, 
     progress.skipped += 1
     found = ranks.gather(find_bad_window(progress.step, args, loader, raw_model, precision, ranks))
     description = f"step {progress.step} has loss {loss} and gradient norm {norm}; " + (
-        "; ".join(found) or "computed again one by one, all of its sequences are finite")
+        "; ".join(found) or "when its sequences are computed again one by one, all are finite")
     if progress.skipped > args.skip_bad_steps:
         if found:  # it would happen again: the user has to decide
             raise UserError(f"{description}. {remedy(precision)}")

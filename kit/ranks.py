@@ -87,7 +87,7 @@ class Ranks:
         elif len(set(self.gather(gpu))) < self.world_size:
             problem = "some ranks share a GPU"
         if problem:
-            self.say(f"{problem}: gradients travel over the CPU, which is slow")
+            self.say(f"{problem}: gradients go through the CPU, which is slow")
         return not problem
 
     @property

@@ -1,7 +1,7 @@
 """The flags that decide what a run computes, in one table.
 
-Made from it: the flags of train_gpt2.py, GPTConfig's arguments, the identity of a run (what --resume must
-find unchanged), --allow_change, the recipe by which reference runs are matched, and the model card.
+From it come the flags of train_gpt2.py, GPTConfig's arguments, the identity of a run (what --resume must find
+unchanged), --allow_change, the recipe by which reference runs are matched, and the model card.
 """
 
 import argparse
@@ -83,7 +83,7 @@ SETTINGS = (
 IDENTITY = tuple(setting.name for setting in SETTINGS)
 CHANGEABLE = tuple(setting.name for setting in SETTINGS if setting.changeable)
 SHAPE = tuple(setting.name for setting in SETTINGS
-              if setting.section in ("model", "model variants"))  # dropout is no part of it
+              if setting.section in ("model", "model variants"))  # dropout is not part of it
 # what GPT-2's recipe lacks. The default means off, and also holds for records without the setting
 MODEL_VARIANTS = tuple(setting.name for setting in SETTINGS if setting.section == "model variants")
 VARIANTS = {setting.name: setting.default for setting in SETTINGS if setting.section.endswith("variants")}
@@ -154,7 +154,7 @@ def check_identity(before, now, allowed, log_dir):
     changes = {key: f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items()
                if before.get(key) != value}
     if "data" in changes:  # two digests would say nothing
-        changes["data"] = "the data, which are other shards than before"
+        changes["data"] = "the data: other shards than before"
     if changes.keys() - set(allowed):
         remedy = "use another --log_dir"
         if changes.keys() <= set(CHANGEABLE):

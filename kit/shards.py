@@ -256,7 +256,7 @@ def read_parts(data_dir):
 
 
 def open_part(folder, manifest):
-    """The shards of a complete part as by `open_shards`; none if its files have no text. Raises UserError."""
+    """The shards of a complete part, as from `open_shards`; none if it has no text. Raises UserError."""
     return open_shards(folder, "train") if manifest["shards"] or find_shards(folder) else []
 
 
@@ -282,8 +282,8 @@ def read_manifest(data_dir):
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise UserError(f"{path} is not fineweb_edu.py's, or another version's: its format is not "
-                            f"{FORMAT!r}; move it elsewhere, or name another --data_dir")
+            raise UserError(f"{path} was not written by fineweb_edu.py, or by another version: its format is "
+                            f"not {FORMAT!r}; move it elsewhere, or name another --data_dir")
         manifest.setdefault("file_format", "npy")  # older manifests lack it
         needed = dict(source=dict, tokenizer=(str, dict), num_tokens=int, complete=bool, shards=list)
         if not has(manifest, needed):
@@ -492,7 +492,7 @@ def open_bin(path, mapped=True):
     start, size = 4 * BIN_HEADER, path.stat().st_size
     if is_raw(path):
         if size == 0 or size % 2:
-            raise UserError(f"{path} has {size} bytes, no whole number of 16-bit ids; get it again")
+            raise UserError(f"{path} has {size} bytes, not a whole number of 16-bit ids; get it again")
         return ids(0, size // 2)
     if size < start:
         raise UserError(f"{path} has {size} bytes, fewer than its header; get it again")

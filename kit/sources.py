@@ -166,7 +166,7 @@ def hub_files(dataset, name, revision=None):
         data_files = builder.config.data_files or {}
     except Exception as error:  # the hub's libraries raise many types
         raise UserError(f"--dataset {dataset}: {first_line(error)}. "
-                        "Without network, --input takes local files") from error
+                        "Without a network, --input takes local files") from error
     if "train" not in data_files:
         raise UserError(f"--dataset {dataset}: no train split of plain files "
                         f"({', '.join(data_files) or 'none'})")
@@ -188,7 +188,7 @@ def fetch_text(name, data_dir):
 
     def check(file):
         if digest(file) != expected:
-            raise UserError("the downloaded text is another one")
+            raise UserError("the downloaded text is not the expected one")
 
     return str(fetch(url, Path(data_dir) / f"{name}.txt", check, "name a copy with --input"))
 

@@ -292,7 +292,7 @@ def test_tinyshakespeare_is_downloaded_once_and_known_by_its_digest(tmp_path, le
     with hub.serve(handler) as server:
         url = f"{server.url}/served.txt"
         monkeypatch.setitem(sources.TEXTS, "tinyshakespeare", (url, "0" * 32))
-        with pytest.raises(UserError, match="is another one.*--input"):
+        with pytest.raises(UserError, match="is not the expected one.*--input"):
             fineweb_edu.main(args)
         assert not (tmp_path / "out").exists()
         monkeypatch.setitem(sources.TEXTS, "tinyshakespeare", (url, expected))

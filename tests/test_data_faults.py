@@ -220,7 +220,7 @@ def test_a_hub_that_is_busy_and_breaks_off_is_asked_again(tmp_path, texts, learn
         assert len(retries) == 5 and not list((tmp_path / "cache").rglob("*.parquet"))
     for name in (hub.REPOSITORY, "someone/mistyped"):  # the server is gone
         process = run_script(*command, tmp_path / "other", "--dataset", name, check=False, **settings)
-        assert_refused(process, f"--dataset {name}", "Without network, --input")
+        assert_refused(process, f"--dataset {name}", "Without a network, --input")
         assert not (tmp_path / "other").exists()
 
 

@@ -124,12 +124,12 @@ CHANGES = {
     "the normalizer .*NFC": lambda spec: spec.update(normalizer=json.loads(normalizers.NFC().__getstate__())),
     "pre_tokenizer splits": split_digits,
     "splits text": lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
-    "another way": lambda spec: spec["pre_tokenizer"].update(use_regex=False),
+    "splits text differently": lambda spec: spec["pre_tokenizer"].update(use_regex=False),
     "order of its ids": swap_merges,
     "do not make its token 'QZX'": intercept_merge,
     "do not make its token 'zzz'": lambda spec: spec["model"]["vocab"].update(zzz=600),
     "256 bytes": drop_byte,
-    "encodes text in another way": add_bos,
+    "encodes text differently": add_bos,
     "no <|endoftext|>": lambda spec: spec["added_tokens"][0].update(content="</s>") or spec["model"][
         "vocab"].update({"</s>": spec["model"]["vocab"].pop("<|endoftext|>")}),
     "0, 1, 2": lambda spec: add_token(spec, "[X]", 700),
@@ -251,7 +251,7 @@ def test_added_tokens_travel_through_a_fine_tune_and_its_export(tmp_path, learne
     other_bpe.save(str(tmp_path / "other.json"))
     said, other_encoding = [], get_tokenizer(str(tmp_path / "other.json"))
     check_tokenizer(tmp_path / "hf", get_tokenizer(learned), shards, said.append)
-    assert "it lacks [PAD], <user>, <|startoftext|>" in said[0]
+    assert "which lacks [PAD], <user>, <|startoftext|>" in said[0]
     with pytest.raises(UserError, match="not the one of"):
         check_tokenizer(tmp_path / "hf", other_encoding, shards, said.append)
 

@@ -71,7 +71,7 @@ def test_a_resume_notices_another_tokenizer(raw, learned, tmp_path):
 def test_a_damaged_file_of_nanogpt_is_refused(tmp_path, content):
     make.write_raw(tmp_path / "data", train=range(100), val=range(100))
     (tmp_path / "data" / "val.bin").write_bytes(content)
-    with pytest.raises(UserError, match=f"val.bin has {len(content)} bytes, no whole number"):
+    with pytest.raises(UserError, match=f"val.bin has {len(content)} bytes, not a whole number"):
         open_shards(tmp_path / "data", "val")
 
 
@@ -152,9 +152,9 @@ def test_a_manifest_of_another_program_is_named_and_left_alone(shards, tmp_path,
     data = make.copy_shards(shards, tmp_path / "data", manifest=False)
     (data / "manifest.json").write_text(content)
     process = run_here(train_gpt2, *flags_of(data, tmp_path / "log"))
-    assert_refused(process, f"{data / 'manifest.json'} is not fineweb_edu.py's", "move it elsewhere")
+    assert_refused(process, f"{data / 'manifest.json'} was not written by fineweb", "move it elsewhere")
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(UserError, match="is not fineweb_edu.py's"):
+    with pytest.raises(UserError, match="was not written by fineweb_edu.py"):
         prepare([tmp_path / "a.txt"], data, {}, learned)
     assert (data / "manifest.json").read_text() == content
 
