@@ -39,7 +39,7 @@ SPEEDRUN_TARGET = 1.84  # bits per byte of the demo's val split: docs/speedrun.m
 def parse_args(argv=None):
     parser = Parser(description="Compare recipes on the same data.",
                     usage="python compare.py ARM [ARM ...] [--seeds N] [--sweep FLAG=V,...] [--flag value]",
-                    epilog="Flags in the groups apply to all arms; flags that are not given keep each "
+                    epilog="The flags in these groups apply to all arms; those that are not given keep each "
                            "config's value. Other flags of train_gpt2.py can be part of an arm.")
     add = parser.add_argument
     add("arms", nargs="+", metavar="ARM",
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     add("-d", "--device", **as_there)
     add("--dtype", metavar="DTYPE", **as_there)
     add("--compile", action=argparse.BooleanOptionalAction, **as_there)
-    add("--micro_batch_size", type=integer_or_auto(1), **as_there)
+    add("--micro_batch_size", type=integer_or_auto(1), metavar="N", **as_there)
     add("--val_every", type=integer(1), **as_there)
     recipe.add_flags(parser, default=argparse.SUPPRESS)
     args = parser.parse_args(argv)

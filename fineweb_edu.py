@@ -57,7 +57,7 @@ def parse_args(argv=None):
     parts.add_argument("--part", metavar="I/N", type=part_of,
                        help="prepare only the files of part I of N into DIR/parts/I-of-N; I counts from 1")
     parts.add_argument("--merge", action="store_true",
-                       help="join the complete parts into the shards that one preparation gives")
+                       help="join the complete parts into the shards that a single preparation would make")
     args = parser.parse_args(argv)
     flag = "part" if args.part else "merge" if args.merge else None
     if flag and (args.verify or args.dataset in sources.TEXTS or "-" in (args.input or ())):
@@ -218,7 +218,7 @@ class Encoder:
 
 def describe(source, tokenizer="gpt2", column="text", shard_size=10**8, val_tokens=None, file_format="npy",
              split_on=None, skip_null=False, part=None):
-    """What a manifest says of a preparation with these settings, which are those of `prepare`.
+    """What a manifest says about a preparation with these settings, which are those of `prepare`.
 
     Raises UserError if the tokenizer has too many ids.
     """
@@ -404,11 +404,12 @@ SAME_FLAGS = "give --merge the flags of --part, or remove this folder and prepar
 
 
 def merge(data_dir, source, tokenizer="gpt2", **settings):
-    """Join the parts of data_dir into the shards that one preparation gives; return the manifest.
+    """Join the parts of data_dir into the shards that a single preparation would make; return the manifest.
 
     source: what the parts' manifests must say of their source, with "files" as a list of names. tokenizer,
     settings: as for `describe`; the parts must have the same. Shards that an interrupted call finished are
-    kept, and so are the parts. Raises UserError if a part is missing, incomplete, damaged or made otherwise.
+    kept, and so are the parts. Raises UserError if a part is missing, incomplete, damaged or made with other
+    settings.
     """
     from tqdm import tqdm
 

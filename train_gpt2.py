@@ -18,7 +18,7 @@ from kit.flags import MODEL, Parser, from_command_line, integer, integer_or_auto
 
 def parse_args(argv=None):
     parser = Parser(
-        description="Train a GPT-2. Intervals: N runs at step 0, every N steps and at the end; 0 disables.",
+        description="Train a GPT-2. An interval of N means step 0, every N steps and the end; 0 means never.",
         usage="python train_gpt2.py [@configs/NAME.txt] [--flag value ...]",
         aliases={"-m": "--init_from", "--model": "--init_from"},
     )
@@ -36,8 +36,8 @@ def parse_args(argv=None):
     add("--eval_only", action="store_true",
         help="evaluate and sample from log_dir's newest checkpoint, or the model of --init_from; no training")
     add("--plan", nargs="?", type=integer(1), const=1, metavar="GPUS",
-        help="print what the run needs on so many GPUs (default: 1): memory, disk, time; no training")
-    add("--plan_mfu", type=number(0.01, 1), metavar="X", help="MFU for --plan (default: of llm.c's runs)")
+        help="print what the run needs on this many GPUs (default: 1): memory, disk, time; no training")
+    add("--plan_mfu", type=number(0.01, 1), metavar="X", help="MFU for --plan (default: as in llm.c's runs)")
     add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
         help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32; "
@@ -68,7 +68,7 @@ def parse_args(argv=None):
         help="profile N training steps: log_dir/profile.txt and a trace")
     add("--background", action=switch,
         help="save and draw in a thread while training goes on; takes CPU memory for a copy of weights and "
-             "optimizer (default: on a GPU)")
+             "optimizer (default: only on a GPU)")
     add("--keep", type=integer(2), default=2, help="number of newest checkpoints to keep")
     add("--keep_every", type=interval, default=0, help="interval of checkpoints that are never removed")
     add("--skip_bad_steps", type=interval, default=0,
@@ -193,7 +193,7 @@ class DataLoaderLite:
     def next_batch(self, takers=None):
         """This rank's next micro-batch: inputs and targets, both (B, T).
 
-        takers: only the first so many ranks take one (default: all); the others get None.
+        takers: how many ranks, the first ones, take one (default: all); the others get None.
         """
         first, (prefetched, batch) = self.position + self.process_rank * self.B, self.prefetched
         takers = takers or self.num_processes
@@ -205,8 +205,8 @@ class DataLoaderLite:
     def micro_batches(self, count, before_each):
         """All ranks take `count` micro-batches in turn; yield this rank's, and whether it is the last one.
 
-        If the ranks can't divide them, the last ranks get none in the first round: in the last round all are
-        needed, to average gradients. before_each: called equally often on every rank; it may raise to stop.
+        If they can't be divided equally, the last ranks get none in the first round: the last one needs all
+        ranks, to average gradients. before_each: called equally often on every rank; it may raise to stop.
         """
         rounds = math.ceil(count / self.num_processes)
         for n in range(rounds):
@@ -385,7 +385,7 @@ def open_optimizer(args, raw_model, newest, precision, ranks):
         meta = newest.meta
         newest.load_optimizer(optimizer)
         if meta.get("dtype", precision.name) != precision.name:
-            ranks.say(f"the run was in {meta['dtype']} before, it continues in {precision.name}")
+            ranks.say(f"the run was in {meta['dtype']} before; it continues in {precision.name}")
         if meta.get("scaler") and precision.scaler.is_enabled():
             precision.scaler.load_state_dict(meta["scaler"])
     return optimizer
@@ -398,7 +398,7 @@ def with_micro_batch_size(args, data, raw_model, optimizer, precision, ranks):
     B, most = 1, args.total_batch_size // args.sequence_length
     if type_of(ranks.device) == "cpu":
         most = 4096 // args.sequence_length  # more gains nothing
-    # not there yet: AdamW's two moments, unless the run is resumed, and DDP's buckets
+    # not allocated yet: AdamW's two moments, unless the run is resumed, and DDP's buckets
     missing = 2 * (not state_tensors(optimizer)) + ranks.distributed
     while 2 * B <= most and recipe.divides(2 * B, args, ranks.world_size):
         batch = data.train.batch(0, 2 * B)
@@ -477,7 +477,7 @@ def train(args, at_exit):
     ranks.check_same({f"--{k}": v for k, v in vars(args).items() if k not in ("device", "log_dir")})
     tune(ranks.device, training=True)
     run = at_exit.enter_context(Run(args, ranks))
-    # what can't be is refused before any data is made
+    # impossible flags are refused before any data is made
     recipe.count_micro_batches(args, ranks.world_size), model_config(args)
     data = open_data(args, ranks)
     newest = checkpoint.find_for_resume(run.log_dir, ranks) if run.resuming else None
