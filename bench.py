@@ -90,7 +90,7 @@ def synchronize(device):
 
 
 def gpt(device, name="ours", directory=None):
-    """A random 124M and what its own training loop does with it: (model, loss, optimizer, compiled).
+    """A 124M with random weights, and how its training loop uses it: (model, loss, optimizer, compiled).
 
     loss: a function of (model, x, y). See `kit.peers.load`.
     """

@@ -36,7 +36,7 @@ def run_script(main, args):
     """Call main(args) and turn expected failures into one line on stderr and an exit status.
 
     Status 2: a user error (UserError, or a path that can't be used). Status 1: the system failed,
-    for example on a full disk. Status 130: Ctrl-C. Of several ranks, the line names the one that failed.
+    for example on a full disk. Status 130: Ctrl-C. With several ranks, the line names the one that failed.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # closed, as by `>&-`: the next file opened would take its place
@@ -145,7 +145,7 @@ def name_in_errors(path):
 def check_output(flag, path, *inputs):
     """Raise UserError if the file that a flag names for the output is one of the inputs.
 
-    path and inputs may be None; inputs that are no files don't count.
+    path and inputs may be None; inputs that are not files don't count.
     """
     for source in filter(os.path.isfile, filter(None, inputs)):
         if path and os.path.exists(path) and os.path.samefile(source, path):

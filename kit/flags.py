@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, []
 
     def spelled(self, word):
-        """A flag with the hyphens and underscores that this parser uses, --max-steps=3 as --max_steps=3."""
+        """A flag as this parser spells it, with hyphens or underscores: --max_steps=3 for --max-steps=3."""
         flag, equals, value = word.partition("=")
         flags = {known.replace("-", "_"): known for known in self._option_string_actions}
         flags |= {alias.replace("-", "_"): known for alias, known in self.aliases.items()}
@@ -117,7 +117,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def from_command_line(parse_args):
-    """parse_args() of a script; from now on Ctrl-C, also during its imports, prints no traceback."""
+    """Return parse_args(). From now on Ctrl-C prints no traceback, even during the script's imports."""
     previous = sys.excepthook
 
     def hook(kind, *rest):

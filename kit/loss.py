@@ -13,7 +13,7 @@ def split_ignored(targets):
     """Which targets (N,) count, as bools (N,), and the targets with 0 in the place of those that don't, (N,).
 
     -100 and -1 don't count: they are F.cross_entropy's default ignore_index and nanoGPT's. Any other
-    number that is no id is an error, which `gather` raises.
+    number that is not an id is an error, which `gather` raises.
     """
     ignored = (targets == -100) | (targets == -1)
     return ~ignored, targets.masked_fill(ignored, 0)

@@ -1,4 +1,4 @@
-"""The optimizers: AdamW for everything, or Muon for the matrices of the blocks; their state in files.
+"""The optimizers: AdamW for everything, or Muon for the matrices of the blocks; their state in checkpoints.
 
 `Together` makes several torch optimizers act as one. A checkpoint names each state tensor by its parameter's
 index, counted across all of them.
@@ -15,7 +15,7 @@ MAX_STACK = 2**27  # entries of matrices that Muon orthogonalizes at once: 0.5 G
 
 def make(model, weight_decay, learning_rate, device_type, optimizer="adamw", betas=(0.9, 0.95),
          muon_scale=0.2, muon_momentum=0.95, share=None):
-    """The optimizer of a GPT: "adamw" or "muon". Settings with muon in their name concern Muon alone.
+    """The optimizer of a GPT: "adamw" or "muon". Settings with muon in their name apply only to Muon.
 
     share: share(f, x) computes f(x) for a stack x of independent matrices, and may split it over ranks.
     """
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group, = self.param_groups
-        batches = defaultdict(list)  # for each shape: (part of a weight, its update), no higher than wide
+        batches = defaultdict(list)  # for each shape: (part of a weight, its update), no taller than wide
         for weight, count in self.matrices.items():
             if "momentum" not in self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
@@ -100,8 +100,8 @@ def orthogonalize(x, steps=5):
     """An approximation of U V^T, where U S V^T is the SVD, of each matrix of x (N, rows, columns).
 
     rows <= columns. Newton-Schulz steps y <- (a + b g + c g^2) y, where g = y y^T, with Keller
-    Jordan's coefficients, which bring all singular values near 1 quickly, but not exactly to 1. In bf16 on
-    GPUs, where it is precise enough and faster.
+    Jordan's coefficients, which bring all singular values near 1 quickly, but not exactly to 1. On GPUs it
+    computes in bf16, which is faster and precise enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     y = x.bfloat16() if x.is_cuda else x
@@ -123,7 +123,7 @@ def orthogonalize(x, steps=5):
 
 
 def parts(optimizer):
-    """Yield the torch optimizers that an optimizer consists of: (the index of its first parameter, it)."""
+    """Yield the torch optimizers that an optimizer consists of: (index of its first parameter, optimizer)."""
     first = 0
     for part in getattr(optimizer, "optimizers", (optimizer,)):
         yield first, part

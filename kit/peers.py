@@ -16,7 +16,7 @@ ADAMW = dict(lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def load(peer, device, directory=None):
-    """A random 124M of a peer and what its own training loop does with it.
+    """A peer's 124M with random weights, and how its own training loop uses it.
 
     peer: "transformers", "transformers compiled", "nanoGPT" or "build-nanogpt". directory: a checkout of one
     of the last two. Returns (model, function of (model, x, y) that gives the loss, optimizer, whether its

@@ -1,4 +1,4 @@
-"""Reference runs of a known recipe: a new run of the same recipe learns early whether its loss is normal.
+"""Reference runs of a known recipe: a new run of the same recipe shows early whether its loss is normal.
 
 A reference is the log directory of such a run, stored under results/reference: its log.txt, of which the val
 curve is used, and its run.json, which may be partial: a field that is missing is not compared. The flags in

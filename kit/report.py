@@ -112,7 +112,7 @@ class Report:
                        + count(result["n"], "example"))
 
     def summary(self, progress, data):
-        """Say how the run ended, where its results are, and which commands go on from there.
+        """Say how the run ended, where its results are, and which commands to run next.
 
         progress: a checkpoint.Progress. data: train_gpt2.Data.
         """

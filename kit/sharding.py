@@ -53,7 +53,7 @@ def is_sharded(model):
 
 
 def whole(tensor):
-    """A sharded tensor with the parts of all ranks, which must call this together; another tensor itself."""
+    """A sharded tensor made whole: all ranks must call this together. Any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -72,7 +72,7 @@ def whole_on_cpu(tensors, keep, copy):
 
 
 def whole_copy(model):
-    """A copy of a sharded GPT that has all weights on each rank; another model itself.
+    """A copy of a sharded GPT that has all weights on each rank; any other model as it is.
 
     It takes 4 bytes per parameter. All ranks must call it.
     """
@@ -83,7 +83,7 @@ def whole_copy(model):
 
 
 def local(tensor):
-    """This rank's part of a sharded tensor; another tensor itself."""
+    """This rank's part of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
