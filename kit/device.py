@@ -127,10 +127,12 @@ def tune(device, training=False):
     their weights instead (kit/packed.py).
     """
     # glibc returns every large tensor to the kernel when it is freed, and the next step pays for its pages
-    # again. Never use mmap (-4), never trim the heap (-1): malloc.h. Other C libraries lack the call
-    with contextlib.suppress(AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0), libc.mallopt(-1, -1)
+    # again. Never use mmap (-4), never trim the heap (-1): malloc.h. Other C libraries lack the call. A user
+    # who needs the memory more than the speed sets glibc's own variables
+    if not {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
+        with contextlib.suppress(AttributeError, TypeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0), libc.mallopt(-1, -1)
     # MKL picks its vector kernels at the first call. If two threads make that call at once they can get
     # different kernels, whose results differ in the last bits: let one thread make it
     torch.zeros(64).exp()

@@ -168,6 +168,22 @@ def test_freed_memory_is_reused_without_page_faults():
     assert int(faults) <= 2 * 16384
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc's allocator")
+@pytest.mark.parametrize("variables, is_kept", [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "65536"}, False)])
+def test_freed_memory_is_returned_if_the_user_sets_glibcs_variables(variables, is_kept):
+    code = """if True:
+        import torch, kit.device
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * 4096
+        kit.device.tune("cpu")
+        before = resident()
+        torch.ones(2**24)  # 64 MiB, freed at once
+        print(resident() - before)
+    """
+    grown = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **variables})
+    assert (int(grown) > 48 * 2**20) == is_kept
+
+
 @pytest.mark.slow
 def test_compiled_gradients_are_the_same_bits_on_a_busy_machine():
     torch.manual_seed(0)
