@@ -51,10 +51,6 @@ class Together:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def zero_grad(self):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-
 
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose update of each matrix is replaced by the nearest semi-orthogonal one.

@@ -27,6 +27,15 @@ def sync_gradients(model, on):
         model.require_backward_grad_sync = on
 
 
+def clear_gradients(model):
+    """Set the gradients to zero, or drop them if that saves memory. model: what `distribute` returned.
+
+    DDP's gradients are parts of its buckets. If they were dropped, those of all micro-batches but the last
+    would be kept beside the buckets: 4 more bytes per parameter.
+    """
+    model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
+
+
 def check_shardable(args, precision):
     """Raise UserError for flags that --shard does not support. precision: the run's."""
     for flag, unsupported in (("--optimizer muon", args.optimizer == "muon"),

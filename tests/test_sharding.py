@@ -3,9 +3,15 @@
 Faults of sharded runs are in test_training_faults.py and test_divergence.py.
 """
 
+from types import SimpleNamespace
+
 import make
 import pytest
+import torch
+import torch.distributed as dist
 from runs import assert_close, assert_refused, flags_of, read_log, run_script, train
+
+from kit import sharding
 
 
 def test_a_sharded_run_evaluates_and_samples_like_one_process(shards, texts, tmp_path):
@@ -18,6 +24,25 @@ def test_a_sharded_run_evaluates_and_samples_like_one_process(shards, texts, tmp
                          *flags_of(shards, tmp_path / "log", *more, "--shard", "--checkpoint_activations"))
     assert_close(read_log(tmp_path / "log"), read_log(tmp_path / "one"))
     assert process.stdout.count("step 12: samples\nHello, I'm a language model,") == 1
+
+
+def test_gradients_of_ddp_stay_in_its_buckets():
+    """Also those of micro-batches before the last, which are not averaged yet."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ranks = SimpleNamespace(distributed=True, group=dist.group.WORLD)
+        model = sharding.distribute(make.small_gpt(32, n_layer=2), ranks)
+        x = torch.zeros(1, 8, dtype=torch.long)
+        for is_last in (True, True, False):  # the buckets are regrouped in the second step
+            sharding.clear_gradients(model)
+            sharding.sync_gradients(model, on=is_last)
+            model(x, x)[1].backward()
+        gradients = [p.grad for p in model.parameters()]
+        assert len({g.untyped_storage().data_ptr() for g in gradients}) < len(gradients) / 2
+        sharding.clear_gradients(model)
+        assert not any(g.any() for g in gradients)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
