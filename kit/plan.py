@@ -16,9 +16,10 @@ from model import GPT
 
 NOMINAL_TOKENS = 10**10  # of FineWeb-Edu's sample-10BT, for data that is not there yet
 CARDS = {"RTX 4090": 24, "A100": 80, "H100": 80, "H200": 141, "B200": 180}  # memory in GB
-# share of the peak FLOP/s that training reaches, each from one published run of llm.c on eight cards
-# (https://github.com/karpathy/llm.c/discussions/481 and 677). This project has not been measured on GPUs
-MFU = {"A100": (0.60, "llm.c's 124M"), "H100": (0.46, "llm.c's 350M")}
+# share of the peak FLOP/s that training reaches, and dollars per GPU-hour: of one run of llm.c on eight cards
+# each, in 2024. https://github.com/karpathy/llm.c/tree/master/scripts: run_gpt2_124M.sh (300 ms per step, $14
+# per hour), run_gpt2_1558M.sh (2.80 s per step, $28 per hour). This project has not been measured on GPUs
+RUNS = {"A100": (0.60, 1.75, "llm.c's 124M"), "H100": (0.486, 3.50, "llm.c's 1558M")}
 KEPT = {"cuda": 38, "cpu": 68}  # bytes kept for the backward pass, per token, layer and unit of width
 # assumptions for a cluster of nodes with eight GPUs
 NVLINK, NETWORK = 300e9, 50e9  # bytes/s per GPU between the GPUs of a node, and between nodes
@@ -66,9 +67,9 @@ class Plan:
         return 8 * self.N - 4 * blocks * (self.args.optimizer == "muon")
 
     def memory(self, device="cuda", sharded=False):
-        """Peak memory of a rank in training, in bytes, by part. device: "cuda" (compiled, bf16) or "cpu".
+        """Peak memory of a rank in training, in bytes, by part, without the process itself.
 
-        On a CPU, uncompiled in fp32, without the process itself.
+        device: "cuda" (compiled, bf16) or "cpu" (not compiled, fp32).
         """
         c, args = self.model.config, self.args
         tokens, V, C = args.micro_batch_size * args.sequence_length, c.vocab_size, c.n_embd
@@ -82,19 +83,15 @@ class Plan:
                   "gradient of the head": 4 * V * C}
         if device == "cuda":
             memory["weights in bf16"] = 2 * self.N // parts
-        else:
-            memory["temporary values"] = 144 * C * tokens  # fitted, for a CPU
         if sharded:
             block = sum(p.numel() for p in self.model.transformer.h[0].parameters())
             embeddings = self.N - c.n_layer * block
             memory["whole embeddings and two whole blocks"] = 4 * (embeddings + 2 * block)
-            if device == "cpu":  # each rank builds the whole model first, and a CPU's heap is not given back
-                memory["whole model at the start"] = 4 * self.N
         return memory
 
     def seconds(self, card, gpus):
         """The time of training alone: without evaluations, saves and waiting for other GPUs."""
-        mfu = self.args.plan_mfu or MFU[card][0]
+        mfu = self.args.plan_mfu or RUNS[card][0]
         return self.tokens * self.flops_per_token / (gpus * PEAK_FLOPS[card] * mfu)
 
     @property
@@ -155,11 +152,13 @@ def lines(plan):
         result.append(f"  {card + ',':<9} {size} GB: "
                       + (f"--micro_batch_size up to {max(fits)}" if fits else "does not fit"))
     result += ["", "Training time: FLOPs / (GPUs x peak x MFU), without evaluations and communication",
-               f"  {'GPUs':<31}{'1':>8}{'8':>10}{'64':>10}   GPU-hours"]
-    for card, (mfu, source) in MFU.items():
+               f"  {'GPUs':<31}{'1':>8}{'8':>10}{'64':>10}   GPU-hours    price      cost"]
+    for card, (mfu, price, source) in RUNS.items():
         hours = [plan.seconds(card, gpus) / 3600 for gpus in (1, 8, 64)]
         label = f"{card}, MFU {args.plan_mfu or mfu} ({'--plan_mfu' if args.plan_mfu else source})"
-        result.append(f"  {label:<31}" + "".join(f"{each:6.1f} h  " for each in hours) + f"{hours[0]:10,.0f}")
+        result.append(f"  {label:<31}" + "".join(f"{each:6.1f} h  " for each in hours)
+                      + f"{hours[0]:10,.1f}{f'${price:.2f}':>9}{f'${hours[0] * price:,.0f}':>10}")
+    result.append("  price: per GPU-hour, of these runs in 2024")
     return result + limits(plan) + warnings(plan, needed)
 
 
@@ -186,6 +185,7 @@ def limits(plan):
                       f"{max(1, round(best / compute)):,} steps")
     return result + [
         "  compute, exchange: time per step; sequences: per step and GPU; input: per node of eight GPUs;",
+        "  failure: mean time between failures; save every: the interval that loses least time, if",
         f"  a save takes {save:.1f} s. Assumed: {NVLINK / 1e9:.0f} GB/s per GPU within a node, "
         f"{NETWORK / 1e9:.0f} GB/s between nodes,",
         f"  {DISK / 1e9:g} GB/s to the disk, one failure in {GPU_HOURS_PER_FAILURE:,} GPU-hours (Llama 3)"]

@@ -57,17 +57,18 @@ def test_it_warns(flags, words):
     assert not any("warning" in line for line in plan.lines(plan_of()))
 
 
-# hours of training on eight cards, as llm.c has published them in its discussions 481 and 677. The assumed
-# MFU is that of another run, except on A100s
-@pytest.mark.parametrize("card, size, tokens, hours", [
-    ("A100", "gpt2", 10e9, 94 / 60), ("H100", "gpt2", 10e9, 45.6 / 60), ("H100", "gpt2-xl", 33.6e9, 24.9)])
-def test_its_time_is_near_published_runs(card, size, tokens, hours):
+# time of a step on eight cards, published by llm.c: scripts/run_gpt2_*.sh; 468,000 tokens/s per H100
+@pytest.mark.parametrize("card, size, tokens, published, calibrates", [
+    ("A100", "gpt2", 2**19, 0.300, True), ("A100", "gpt2-medium", 2**19, 0.820, False),
+    ("A100", "gpt2-large", 2**19, 1.7, False), ("H100", "gpt2-xl", 2**20, 2.80, True),
+    ("H100", "gpt2", 2**19, 2**19 / (8 * 468_000), False)])
+def test_its_time_is_near_published_runs(card, size, tokens, published, calibrates):
     with torch.device("meta"):
         model = GPT(GPTConfig(**GPT2_SIZES[size]))
-    args = SimpleNamespace(max_steps=tokens, total_batch_size=1, sequence_length=1024, plan_mfu=None)
-    predicted = plan.Plan(args, model, 8, 10**10, True).seconds(card, 8) / 3600
-    print(f"{card}, {size}: {predicted:.2f} h, published {hours:.2f} h")
-    assert 0.8 < predicted / hours < 1.2
+    args = SimpleNamespace(max_steps=1, total_batch_size=tokens, sequence_length=1024, plan_mfu=None)
+    predicted = plan.Plan(args, model, 8, 10**10, True).seconds(card, 8)
+    print(f"{card}, {size}: {predicted:.3f} s, published {published:.3f} s: {predicted / published - 1:+.1%}")
+    assert abs(predicted / published - 1) < (0.01 if calibrates else 0.2)
 
 
 # flags and ranks; what dominates: parameters, vocabulary, activations, checkpointed ones, DDP, shards
@@ -89,12 +90,13 @@ CONFIGS = {
 
 @pytest.mark.slow
 def test_its_memory_is_near_the_measured_peak(shards, tmp_path):
-    """On a CPU. The process itself is measured with a model of no size."""
+    """On a CPU. The process itself is measured with a model of no size. glibc must return freed memory."""
     def peak(ranks, flags):
         log_dir = tmp_path / str(len(list(tmp_path.iterdir())))
         flags = flags_of(shards, log_dir, "--n_head", 8, "--val_every", 0, "--save_every", 0,
                          "--max_steps", 4, *flags.split())
-        run_script(*(("torchrun", ranks) if ranks > 1 else ()), "train_gpt2.py", *flags)
+        run_script(*(("torchrun", ranks) if ranks > 1 else ()), "train_gpt2.py", *flags,
+                   env={"MALLOC_MMAP_THRESHOLD_": "65536"})
         record = json.loads((log_dir / "run.json").read_text())
         return record["peak_memory_bytes"], plan_of(*flags, gpus=ranks)
 
@@ -104,4 +106,4 @@ def test_its_memory_is_near_the_measured_peak(shards, tmp_path):
         predicted = process[ranks] + sum(planned.memory("cpu", sharded=name == "shard").values())
         print(f"| {name} | {planned.N / 1e6:.1f}M | {predicted / 1e6:,.0f} MB | {measured / 1e6:,.0f} MB | "
               f"{predicted / measured - 1:+.1%} |")
-        assert 0.85 < predicted / measured < 1.15, name
+        assert 0.9 < predicted / measured < 1.1, name
