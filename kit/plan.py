@@ -153,12 +153,14 @@ def lines(plan):
                       + (f"--micro_batch_size up to {max(fits)}" if fits else "does not fit"))
     result += ["", "Training time: FLOPs / (GPUs x peak x MFU), without evaluations and communication",
                f"  {'GPUs':<31}{'1':>8}{'8':>10}{'64':>10}   GPU-hours    price      cost"]
-    for card, (mfu, price, source) in RUNS.items():
+    for card in CARDS if args.plan_mfu else RUNS:
+        mfu, price, source = RUNS.get(card, (None, None, None))
         hours = [plan.seconds(card, gpus) / 3600 for gpus in (1, 8, 64)]
         label = f"{card}, MFU {args.plan_mfu or mfu} ({'--plan_mfu' if args.plan_mfu else source})"
+        cost = f"{f'${price:.2f}':>9}{f'${hours[0] * price:,.0f}':>10}" if price else ""
         result.append(f"  {label:<31}" + "".join(f"{each:6.1f} h  " for each in hours)
-                      + f"{hours[0]:10,.1f}{f'${price:.2f}':>9}{f'${hours[0] * price:,.0f}':>10}")
-    result.append("  price: per GPU-hour, of these runs in 2024")
+                      + f"{hours[0]:10,.1f}{cost}")
+    result.append("  price: per GPU-hour, of llm.c's runs in 2024")
     return result + limits(plan) + warnings(plan, needed)
 
 

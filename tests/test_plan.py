@@ -57,6 +57,13 @@ def test_it_warns(flags, words):
     assert not any("warning" in line for line in plan.lines(plan_of()))
 
 
+def test_a_given_mfu_adds_the_other_cards():
+    assert not any("RTX 4090, MFU" in line for line in plan.lines(plan_of()))
+    line = next(line for line in plan.lines(plan_of("--plan_mfu", 0.5)) if "RTX 4090, MFU" in line)
+    hours = float(line.split(")")[1].split()[0])
+    assert hours == pytest.approx(19073 * 2**19 * 0.855e9 / (0.5 * 165e12) / 3600, rel=0.01)
+
+
 # time of a step on eight cards, published by llm.c: scripts/run_gpt2_*.sh; 468,000 tokens/s per H100
 @pytest.mark.parametrize("card, size, tokens, published, calibrates", [
     ("A100", "gpt2", 2**19, 0.300, True), ("A100", "gpt2-medium", 2**19, 0.820, False),
