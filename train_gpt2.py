@@ -131,7 +131,7 @@ from kit.profiling import Profile
 from kit.ranks import Ranks, StopRequested, StopSignal
 from kit.report import Report, explain_errors, waiting
 from kit.run import Run
-from kit.sharding import check_shardable, clear_gradients, distribute, shard, sync_gradients, whole
+from kit.sharding import check_shardable, clear_gradients, distribute, is_sharded, shard, sync_gradients, whole
 from kit.validation import Validation, inference
 from model import GPT, GPT2_TOKENS, GPTConfig
 from sample import print_samples
@@ -436,9 +436,10 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
             if out_of_memory(error):
                 raise
             failure = first_line(error)
+            if is_sharded(raw_model):  # after an error inside, FSDP would drop gradients
+                raise UserError(f"torch.compile failed with --shard ({failure}): use --no-compile") from error
         if ranks.max(failure is not None):
-            ranks.say("torch.compile failed, so the model is not compiled: "
-                      + (failure or "it failed on another rank"))
+            ranks.say(f"torch.compile failed, training uncompiled: {failure or 'it failed on another rank'}")
             compiled = raw_model.train()  # a failed evaluation leaves it in eval mode
             raw_model.zero_grad()
     model = distribute(compiled, ranks)

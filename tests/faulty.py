@@ -163,6 +163,18 @@ def compiled_as_on_a_gpu():
            lambda: torch.compiler.set_stance("fail_on_recompile"))
 
 
+def failing_backward_compilation():
+    """torch.compile compiles the forward pass, and fails at the backward pass."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def fail(graph, inputs):
+        raise RuntimeError("out of resource: shared memory")
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=fail)
+    patch(train_gpt2, "compile_model", lambda model, *_: torch.compile(model, backend=backend))
+
+
 def not_finite(sequence, what):
     """Put NaN into the "loss" of this input sequence (a list of ids), or only into its "gradient"."""
     sequence, features = torch.tensor(sequence), GPT.features

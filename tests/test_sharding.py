@@ -53,6 +53,15 @@ def test_a_sharded_run_compiles(shards, tmp_path):
     assert_close(read_log(tmp_path / "log"), train(shards, tmp_path / "one"))
 
 
+def test_a_sharded_run_ends_if_its_compilation_fails(shards, tmp_path):
+    """After an error inside, FSDP would drop the gradients of the embeddings without a word."""
+    flags = flags_of(shards, tmp_path / "log", "--shard", "--compile")
+    process = run_script("torchrun", 2, "train_gpt2.py", *flags, fault="failing_backward_compilation()",
+                         check=False)
+    assert process.returncode == 1 and "shared memory): use --no-compile" in process.stderr
+    assert "step     0 |" not in process.stdout
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--optimizer", "muon"], "--optimizer muon"), (["--dtype", "float16"], "--dtype float16"),
     (["--micro_batch_size", "auto"], "--micro_batch_size auto"),

@@ -210,7 +210,7 @@ def test_without_a_compiler_training_goes_on_and_says_so(
 
     monkeypatch.setattr(torch, "compile", broken)
     assert train(shards, tmp_path / "log", "--compile") == whole.log
-    assert "so the model is not compiled: no C++ compiler found\n" in capsys.readouterr().out
+    assert "training uncompiled: no C++ compiler found\n" in capsys.readouterr().out
 
 
 def test_the_record_has_the_program_itself(whole):
