@@ -14,13 +14,16 @@ from kit.sharding import is_sharded, whole_copy
 def inference(raw_model, precision):
     """Evaluate the model that this yields, in eval mode and in the precision of training.
 
-    It is raw_model, or a copy if that is sharded. All ranks must call it. Returns to training mode.
+    It is raw_model, or a copy without weights after the body, if that is sharded. All ranks must call it.
+    Returns to training mode.
     """
     model = whole_copy(raw_model).eval()
     try:
         with precision.autocast, without_cudnn_attention():
             yield model
     finally:
+        if model is not raw_model:
+            model.to("meta")  # the caller's variable would keep the weights in memory
         raw_model.train()
 
 
