@@ -322,6 +322,7 @@ def find_for_resume(log_dir, ranks):
         lacking = not ranks.is_first and read_meta(newest, digests=ranks.local_rank == 0) != meta
     except DamagedCheckpoint:  # it is not on this machine's disk
         lacking = True
+    ranks.barrier()  # another machine's disk may be slow
     on_all_ranks = not ranks.max(lacking)
     if not on_all_ranks:
         ranks.say(f"not all ranks can read {newest}: rank 0 sends it")

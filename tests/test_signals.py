@@ -243,6 +243,14 @@ def test_rank_0_may_take_longer_than_the_timeout_before_training(shards, tmp_pat
     assert "finished" in process.stdout
 
 
+def test_another_machine_may_check_a_checkpoint_for_longer_than_the_timeout(shards, whole, tmp_path):
+    copy_run(whole.log_dir, tmp_path / "log", without="ckpt_000012")
+    fault = 'if RANK == 1: before(checkpoint, "read_meta", lambda *_, **__: True, lambda: time.sleep(4))'
+    flags = flags_of(shards, tmp_path / "log", "--resume", "--timeout", 2, "--micro_batch_size", 2)
+    process = run_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault)
+    assert "finished" in process.stdout
+
+
 @pytest.mark.parametrize("env, words", [
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, "), ({"RANK": "x"}, "RANK is 'x', not a number"),
     ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, "LOCAL_RANK, MASTER_PORT is not set"),
