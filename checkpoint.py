@@ -368,6 +368,7 @@ class Saver:
             raise UserError(f"before step {progress.step} the weights are not finite, no checkpoint was "
                             f"saved. {remedy(self.precision)}")
         self.run.background.wait()  # one copy in memory at a time
+        self.ranks.barrier()  # sharded tensors need rank 0, which may have waited for long
         tensors, *others = contents(
             self.raw_model, progress, self.tokenizer, optimizer, identity=self.identity,
             dtype=self.precision.name, scaler=self.precision.scaler.state_dict())

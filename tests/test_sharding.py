@@ -79,5 +79,13 @@ def test_what_sharding_does_not_support_is_refused(shards, tmp_path, flags, word
                               check=False), "--shard does not support", words)
 
 
+def test_a_save_in_the_background_may_take_longer_than_the_timeout(shards, tmp_path):
+    """Rank 0 waits for it before the next one; the other ranks wait for rank 0."""
+    fault = 'if RANK == 0: before(checkpoint, "write", lambda *_: True, lambda: time.sleep(4))'
+    flags = flags_of(shards, tmp_path / "log", "--shard", "--background", "--timeout", 2, "--save_every", 1,
+                     "--max_steps", 2)
+    assert "finished" in run_script("torchrun", 2, "train_gpt2.py", *flags, fault=fault).stdout
+
+
 def test_one_process_is_not_sharded(shards, whole, tmp_path):
     assert train(shards, tmp_path / "log", "--shard") == whole.log
