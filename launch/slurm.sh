@@ -28,7 +28,9 @@ trap 'warned=1; kill -TERM $step' USR1  # srun passes SIGTERM to each torchrun, 
 # three failures within a minute each: probably a wrong flag, which a new start can't fix
 while [ -z "$warned" ] && [ $quick -lt 3 ]; do
     starts=$((starts + 1)) SECONDS=0
-    srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$ranks" \
+    # since Slurm 22.05, srun gives a task one core unless it is told the number again
+    srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+        torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$ranks" \
         --rdzv_backend=c10d --rdzv_endpoint="$host:${PORT:-29400}" --rdzv_id="$SLURM_JOB_ID.$starts" \
         train_gpt2.py --resume "$@" &
     step=$!

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 
 SRUN = """#!/usr/bin/env python3
 import os, signal, subprocess, sys, time
-command = [word for word in sys.argv[1:] if word != "--kill-on-bad-exit=1"]
+command = sys.argv[sys.argv.index("torchrun"):]
+assert "--cpus-per-task=6" in sys.argv  # what sbatch was told; srun does not know it
 nodes = [subprocess.Popen(command) for _ in range(2)]
 with open("{folder}/agents", "w") as file:
     file.write(" ".join(str(node.pid) for node in nodes))
@@ -90,8 +91,8 @@ def slurm(tmp_path, shards):
         (tmp_path / name).chmod(0o755)
 
     def start(*more):
-        env = dict(SLURM_JOB_NODELIST="a,b", SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="7", PAUSE="0",
-                   PORT=str(free_port()))
+        env = dict(SLURM_JOB_NODELIST="a,b", SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="7",
+                   SLURM_CPUS_PER_TASK="6", PAUSE="0", PORT=str(free_port()))
         flags = flags_of(shards, tmp_path / "log", *more)
         return Job(tmp_path, ["bash", "launch/slurm.sh", *flags], env)
 
