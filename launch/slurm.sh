@@ -21,6 +21,7 @@ set -u
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a new store for each start: kit/ranks.py
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240  # seconds that torchrun gives its ranks to save
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=${PORT:-$((20000 + SLURM_JOB_ID % 10000))}  # another job may share the node
 ranks=${SLURM_GPUS_ON_NODE:-1}
 starts=0 quick=0 warned= step=
 trap 'warned=1; kill -TERM $step' USR1  # srun passes SIGTERM to each torchrun, and that to its ranks
@@ -31,7 +32,7 @@ while [ -z "$warned" ] && [ $quick -lt 3 ]; do
     # since Slurm 22.05, srun gives a task one core unless it is told the number again
     srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
         torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$ranks" \
-        --rdzv_backend=c10d --rdzv_endpoint="$host:${PORT:-29400}" --rdzv_id="$SLURM_JOB_ID.$starts" \
+        --rdzv_backend=c10d --rdzv_endpoint="$host:$port" --rdzv_id="$SLURM_JOB_ID.$starts" \
         train_gpt2.py --resume "$@" &
     step=$!
     wait $step && exit 0
