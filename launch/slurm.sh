@@ -26,7 +26,8 @@ ranks=${SLURM_GPUS_ON_NODE:-1}
 starts=0 quick=0 warned= step=
 trap 'warned=1; kill -TERM $step' USR1  # srun passes SIGTERM to each torchrun, and that to its ranks
 
-# three failures within a minute each: probably a wrong flag, which a new start can't fix
+# three failures within ten minutes each: probably a wrong flag, which a new start can't fix. Ten, because
+# a start may take minutes: importing torch from a shared disk, checking the shards
 while [ -z "$warned" ] && [ $quick -lt 3 ]; do
     starts=$((starts + 1)) SECONDS=0
     # since Slurm 22.05, srun gives a task one core unless it is told the number again
@@ -37,7 +38,7 @@ while [ -z "$warned" ] && [ $quick -lt 3 ]; do
     step=$!
     wait $step && exit 0
     wait $step && exit 0  # a signal ends the first wait; the run saves its checkpoint meanwhile
-    [ $SECONDS -lt 60 ] && quick=$((quick + 1)) || quick=0
+    [ $SECONDS -lt 600 ] && quick=$((quick + 1)) || quick=0
     echo "start $starts failed after $SECONDS seconds"
     [ -n "$warned" ] || sleep "${PAUSE:-10}"
 done
