@@ -4,9 +4,9 @@
 #     sbatch launch/slurm.sh @configs/gpt2_124M.txt --log_dir log
 #
 # --resume is always on: the first start finds no checkpoint and begins at step 0. All nodes need the data; the
-# log directory must be on a shared disk, because after a requeue another node may be the first. If a process or
-# a node fails, all nodes start again from the newest checkpoint. Before the time limit the run saves, and Slurm
-# queues the job again.
+# log directory must be on a shared disk, because after a requeue another node may be the first. If a process
+# fails, all nodes start again from the newest checkpoint. If a node goes down, Slurm queues the job again, and
+# so does this script before the time limit, once the run has saved.
 #SBATCH --job-name=gpt2
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
