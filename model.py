@@ -150,7 +150,9 @@ class Block(nn.Module):
         self.ln_2 = variants.norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, cache=None, shared=None):
+    def forward(self, x, mask=None, cache=None, shared=None, recompute=False):
+        if recompute:  # in the backward pass, to keep only x until then
+            return checkpoint(self.forward, x, mask, cache, shared, use_reentrant=False)
         if self.shortcut is not None:
             x = self.shortcut(x, shared.x0)
         x = x + self.attn(self.ln_1(x), mask, cache, shared)  # moves information between tokens
@@ -217,11 +219,9 @@ class GPT(nn.Module):
             x = self.transformer.ln_e(x)
         x = self.transformer.drop(x)
         shared = variants.share(self.config, positions, x)
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.transformer.h:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, cache, shared, use_reentrant=False)
-            else:
-                x = block(x, mask, cache, shared)
+            x = block(x, mask, cache, shared, recompute)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from runs import assert_close, assert_refused, flags_of, read_log, run_script, train
 
 from kit import sharding
+from model import GPT, GPTConfig
 
 
 def test_a_sharded_run_evaluates_and_samples_like_one_process(shards, texts, tmp_path):
@@ -51,6 +52,24 @@ def test_gradients_of_ddp_stay_in_its_buckets():
         assert not any(g.any() for g in gradients)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_blocks_are_compiled_between_hooks_that_are_not(checkpointed):
+    """FSDP's hooks, around each block, break the graph. One graph serves all blocks."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=3, n_head=2, n_embd=16))
+    model.checkpoint_activations = checkpointed
+    for block in model.transformer.h:
+        block.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))
+    graphs, idx = [], torch.zeros(1, 8, dtype=torch.long)
+
+    def backend(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    torch.compile(model, backend=backend)(idx, idx)[1].backward()
+    assert sum("scaled_dot_product_attention" in graph for graph in graphs) == 1
+    torch.compiler.reset()
 
 
 @pytest.mark.slow
