@@ -6,7 +6,6 @@ as its input); to add a norm, a line to NORMS.
 Shapes in comments: B = batch, T = time (tokens), C = n_embd, nh = heads, hs = head size.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -91,13 +90,13 @@ def mlp_widths(config):
     return 2 * width, width
 
 
-@dataclass
 class Shared:
-    """What the layers of one forward pass share."""
+    """What the layers of one forward pass share. Not a dataclass: FSDP would give each layer a copy."""
 
-    rotary: tuple | None = None  # cos and sin of the angles, for rotary positions
-    x0: torch.Tensor | None = None  # the embedded tokens (B, T, C), for x0_shortcut
-    first_values: torch.Tensor | None = None  # of the first layer (B, nh, T, hs), for value_residual
+    def __init__(self, rotary=None, x0=None):
+        self.rotary = rotary  # cos and sin of the angles, for rotary positions
+        self.x0 = x0  # the embedded tokens (B, T, C), for x0_shortcut
+        self.first_values = None  # of the first layer (B, nh, T, hs), for value_residual
 
 
 def share(config, positions, x):

@@ -54,6 +54,12 @@ def test_gradients_of_ddp_stay_in_its_buckets():
         dist.destroy_process_group()
 
 
+def test_layers_that_share_tensors_are_sharded(shards, tmp_path):
+    variants = ["--value_residual", "--x0_shortcut", "--position", "rope", "--no-tie_embeddings"]
+    run_script("torchrun", 2, "train_gpt2.py", *flags_of(shards, tmp_path / "log", *variants, "--shard"))
+    assert_close(read_log(tmp_path / "log"), train(shards, tmp_path / "one", *variants))
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_blocks_are_compiled_between_hooks_that_are_not(checkpointed):
     """FSDP's hooks, around each block, break the graph. One graph serves all blocks."""
