@@ -205,8 +205,8 @@ class DataLoaderLite:
     def micro_batches(self, count, before_each):
         """All ranks take `count` micro-batches in turn; yield this rank's, and whether it is the last one.
 
-        If they can't be divided equally, the last ranks get none in the first round: the last one needs all
-        ranks, to average gradients. before_each: called equally often on every rank; it may raise to stop.
+        If they can't be divided equally, the last ranks get none in the first round: the last round, which
+        averages gradients, needs all. before_each: called equally often on every rank; it may raise to stop.
         """
         rounds = math.ceil(count / self.num_processes)
         for n in range(rounds):

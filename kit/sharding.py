@@ -1,8 +1,8 @@
 """How a model is spread over ranks: as replicas (DistributedDataParallel), or in shards (FSDP2, --shard).
 
-Replicas average their gradients. Of a sharded model each rank keeps a part of every weight, gradient and
-optimizer tensor, and gathers the weights of a block just before that is computed: each forward pass needs
-all ranks. Whatever else reads the model takes a `whole_copy`.
+Replicas average their gradients. Each rank of a sharded model keeps a part of every weight, gradient and
+optimizer tensor, and gathers a block's weights just before it computes the block, so every forward pass
+needs all ranks. Other code that needs the weights takes a `whole_copy`.
 """
 
 from torch.nn.parallel import DistributedDataParallel

@@ -345,7 +345,7 @@ def test_a_file_of_a_part_may_be_repaired_but_no_file_added(tmp_path, texts, lea
 
 
 def test_a_preparation_continues_where_no_txt_is_left_to_split(tmp_path, texts, learned, faults):
-    """--split_on fits the input if any of its files is a .txt, in this part or before this point or not."""
+    """--split_on is accepted if any input file is a .txt, even one of another part or one already read."""
     (tmp_path / "a.txt").write_text(" % ".join(texts[:9]))
     make.write_jsonl(tmp_path / "b.jsonl", texts[9:20])
     flags = ["--input", tmp_path / "a.txt", tmp_path / "b.jsonl", "--tokenizer", learned, "--split_on", " % ",
