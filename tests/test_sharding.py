@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from runs import assert_close, assert_refused, flags_of, read_log, run_script, train
 
-from kit import sharding
+import train_gpt2
+from kit import recipe, sharding
+from kit.files import UserError
 from model import GPT, GPTConfig
 
 
@@ -102,6 +104,14 @@ def test_a_sharded_run_ends_if_its_compilation_fails(shards, tmp_path):
 def test_what_sharding_does_not_support_is_refused(shards, tmp_path, flags, words):
     assert_refused(run_script("train_gpt2.py", *flags_of(shards, tmp_path / "log", "--shard", *flags),
                               check=False), "--shard does not support", words)
+
+
+def test_ranks_of_a_sharded_model_need_equally_many_micro_batches():
+    flags = "--micro_batch_size 4 --sequence_length 32 --total_batch_size 512".split()
+    args, sharded = train_gpt2.parse_args(flags), train_gpt2.parse_args([*flags, "--shard"])
+    assert [recipe.count_micro_batches(*case) for case in ((args, 3), (sharded, 2))] == [4, 4]
+    with pytest.raises(UserError, match="the same number for each of 3 ranks; use --total_batch_size 384 or"):
+        recipe.count_micro_batches(sharded, 3)
 
 
 def test_a_save_in_the_background_may_take_longer_than_the_timeout(shards, tmp_path):
