@@ -131,7 +131,7 @@ from kit.profiling import Profile
 from kit.ranks import Ranks, StopRequested, StopSignal
 from kit.report import Report, explain_errors, waiting
 from kit.run import Run
-from kit.sharding import check_shardable, clear_gradients, distribute, is_sharded, shard, sync_gradients, whole
+from kit.sharding import check_shardable, distribute, is_sharded, shard, sync_gradients, whole, zero_grad
 from kit.validation import Validation, inference
 from model import GPT, GPT2_TOKENS, GPTConfig
 from sample import print_samples
@@ -422,7 +422,7 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
         with precision.autocast:
             _, loss = model(x, y)
         loss.backward()
-        clear_gradients(model)
+        zero_grad(model)
 
     compiled, failure = raw_model, None
     if compiles_by_default(ranks.device) if args.compile is None else args.compile:
@@ -562,7 +562,7 @@ def train(args, at_exit):
             else:
                 skip_or_stop(progress, loss, norm, args, data.train, raw_model, precision, run, ranks)
             precision.scaler.update()
-            clear_gradients(model)
+            zero_grad(model)
             if finite:
                 report.step(step, loss, lr, norm, seconds=time.perf_counter() - started)
                 watch_loss(progress, loss, args, data.num_tokens, ranks)

@@ -27,7 +27,7 @@ def sync_gradients(model, on):
         model.require_backward_grad_sync = on
 
 
-def clear_gradients(model):
+def zero_grad(model):
     """Set the gradients to zero, or drop them if that saves memory. model: what `distribute` returned.
 
     DDP's gradients are parts of its buckets. If they were dropped, those of all micro-batches but the last

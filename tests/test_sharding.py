@@ -45,12 +45,12 @@ def test_gradients_of_ddp_stay_in_its_buckets():
         model = sharding.distribute(make.small_gpt(32, n_layer=2), ranks)
         x = torch.zeros(1, 8, dtype=torch.long)
         for is_last in (True, True, False):  # the buckets are regrouped in the second step
-            sharding.clear_gradients(model)
+            sharding.zero_grad(model)
             sharding.sync_gradients(model, on=is_last)
             model(x, x)[1].backward()
         gradients = [p.grad for p in model.parameters()]
         assert len({g.untyped_storage().data_ptr() for g in gradients}) < len(gradients) / 2
-        sharding.clear_gradients(model)
+        sharding.zero_grad(model)
         assert not any(g.any() for g in gradients)
     finally:
         dist.destroy_process_group()
