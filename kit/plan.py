@@ -147,8 +147,8 @@ def lines(plan):
     needed = sum((sharded if args.shard else whole).values())
     result.append(f"  {'total':<40}{sum(whole.values()) / 1e9:7.2f}{sum(sharded.values()) / 1e9:14.2f}")
     for card, size in CARDS.items():
-        fits = [b for b in (2**i for i in range(12)) if sum(replace(plan, args=changed(
-            args, micro_batch_size=b)).memory(sharded=args.shard).values()) < 0.93e9 * size]
+        fits = [B for B in (2**i for i in range(12)) if recipe.divides(B, args, plan.gpus)
+                and sum(with_micro_batch_size(plan, B).memory(sharded=args.shard).values()) < 0.93e9 * size]
         result.append(f"  {card + ',':<9} {size} GB: "
                       + (f"--micro_batch_size up to {max(fits)}" if fits else "does not fit"))
     result += ["", "Training time: FLOPs / (GPUs x peak x MFU), without evaluations and communication",
@@ -164,9 +164,8 @@ def lines(plan):
     return result + limits(plan) + warnings(plan, needed)
 
 
-def changed(args, **values):
-    """The flags, with some of them replaced."""
-    return type(args)(**{**vars(args), **values})
+def with_micro_batch_size(plan, B):
+    return replace(plan, args=type(plan.args)(**{**vars(plan.args), "micro_batch_size": B}))
 
 
 def limits(plan):

@@ -57,6 +57,11 @@ def test_it_warns(flags, words):
     assert not any("warning" in line for line in plan.lines(plan_of()))
 
 
+def test_it_suggests_only_micro_batches_that_the_step_can_be_divided_into():
+    h200 = next(line for line in plan.lines(plan_of(gpus=8)) if "H200, " in line)
+    assert h200.endswith("--micro_batch_size up to 64")  # 8 ranks x 64 x 1024 tokens
+
+
 def test_a_given_mfu_adds_the_other_cards():
     assert not any("RTX 4090, MFU" in line for line in plan.lines(plan_of()))
     line = next(line for line in plan.lines(plan_of("--plan_mfu", 0.5)) if "RTX 4090, MFU" in line)
