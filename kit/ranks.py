@@ -24,7 +24,6 @@ LONGEST_WAIT = datetime.timedelta(days=7)  # for another rank's downloads, check
 # found in the errors of gloo and NCCL when a rank has died or hangs
 LOST_RANK = re.compile("by (remote )?peer|[Tt]imed out|Broken pipe|ncclRemoteError|remote process exited|"
                        "NCCL communicator was aborted|atchdog caught collective operation timeout")
-GRACE = 20  # seconds after SIGTERM to wait for a GPU that a lost rank blocks; torchrun kills after 30
 
 
 class Ranks:
@@ -184,11 +183,13 @@ class Ranks:
         """
         if not self.distributed or type_of(self.device) != "cuda":
             return tensor.tolist()
+        # how long to wait after SIGTERM, before torchrun kills the ranks
+        grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) - 10
         done, started = torch.cuda.Event(), time.monotonic()
         done.record()
         while not done.query():
             now = time.monotonic()
-            if now - started > self.timeout or stop.number and now - max(started, stop.received_at) > GRACE:
+            if now - started > self.timeout or stop.number and now - max(started, stop.received_at) > grace:
                 raise dist.DistError("a collective of the GPUs timed out")
             time.sleep(1e-4)
         return tensor.tolist()

@@ -102,7 +102,7 @@ def test_a_rank_does_not_wait_for_its_gpu_for_ever(monkeypatch, signal_after, ti
     """A GPU that waits for a lost rank never finishes: give up after --timeout, or soon after SIGTERM."""
     ranks = Ranks("cpu", timeout)
     ranks.world_size, ranks.device = 2, "cuda:0"
-    monkeypatch.setattr(kit.ranks, "GRACE", 0.2)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10.2")
     never = SimpleNamespace(record=lambda: None, query=lambda: False)
     monkeypatch.setattr(torch.cuda, "Event", lambda: never)
     stop = StopSignal(ranks)
