@@ -417,6 +417,7 @@ def picture_of_scaling(law, size, loss):
     axes.set(xscale="log", yscale="log", xlabel="parameters",
              ylabel="validation loss, nats per token")
     axes.xaxis.set_major_formatter(lambda size, _: curves.short(size))
+    axes.xaxis.set_minor_formatter(lambda size, _: curves.short(size) if f"{size:e}"[0] in "2357" else "")
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.legend(frameon=False)
