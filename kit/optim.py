@@ -51,6 +51,10 @@ class Together:
         for optimizer in self.optimizers:
             optimizer.step()
 
+    def zero_grad(self, set_to_none=True):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
 
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose update of each matrix is replaced by the nearest semi-orthogonal one.
