@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from kit import recipe, shards
 from kit.device import PEAK_FLOPS
@@ -122,8 +123,17 @@ def model_on_meta(args, config, manifest):
     if manifest and not args.vocab_size:
         ids = manifest["num_tokens"]
         config = replace(config, num_tokens=ids, vocab_size=recipe.pad_vocabulary(ids))
-    with torch.device("meta"):
+    with torch.device("meta"), NoRandomWeights():
         return GPT(config)
+
+
+class NoRandomWeights(TorchFunctionMode):
+    """On the meta device, normal_ would import torch's compiler, which takes 1.5 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.init.normal_:
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def lines(plan):

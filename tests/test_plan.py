@@ -1,11 +1,13 @@
 """--plan: its counters are those of a run, its memory and time near what was measured and published."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import assert_refused, flags_of, run_here, run_script
+from runs import ROOT, assert_refused, flags_of, run_here, run_script
 
 import train_gpt2
 from kit import plan
@@ -36,6 +38,13 @@ def test_it_needs_no_data_and_writes_nothing(tmp_path):
                          tmp_path / "log", "--micro_batch_size", 64)
     assert "124,475,904 parameters" in process.stdout and "assumed: FineWeb-Edu's" in process.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_it_does_not_import_the_compiler():
+    """That would take longer than everything else: the answer should come within three seconds."""
+    code = ("import sys, train_gpt2\ntrain_gpt2.main(train_gpt2.parse_args(['--plan', '8']))\n"
+            "assert 'torch._dynamo' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("flags, words", [
