@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kit import huggingface, optim, variants
-from kit.device import peak_flops
+from kit.device import NoRandomWeights, peak_flops
 from kit.loss import LinearCrossEntropy, mean_of_counted, row_slices, split_ignored
 
 # the four models that OpenAI published, by their names on the Hugging Face hub
@@ -368,7 +368,8 @@ class GPT(nn.Module):
         layers = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
         if layers != config.n_layer:  # an absurd n_layer must fail before the model is built
             raise ValueError(f"n_layer is {config.n_layer}, but there are weights of {layers} layers")
-        with torch.device("meta"):  # allocate and initialize nothing: the state dict has all tensors
+        # allocate and initialize nothing: the state dict has all tensors
+        with torch.device("meta"), NoRandomWeights():
             model = cls(config)
         if config.tie_embeddings:  # files store the tied matrix once
             state = {"lm_head.weight": state["transformer.wte.weight"], **state}

@@ -7,10 +7,9 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from kit import recipe, shards
-from kit.device import PEAK_FLOPS
+from kit.device import PEAK_FLOPS, NoRandomWeights
 from kit.files import UserError, count
 from kit.loss import LOGITS_AT_ONCE
 from model import GPT
@@ -67,13 +66,14 @@ class Plan:
         blocks = sum(p.numel() for p in self.model.transformer.h.parameters() if p.dim() == 2)
         return 8 * self.N - 4 * blocks * (self.args.optimizer == "muon")
 
-    def memory(self, device="cuda", sharded=False):
+    def memory(self, device="cuda", sharded=False, micro_batch_size=None):
         """Peak memory of a rank in training, in bytes, by part, without the process itself.
 
-        device: "cuda" (compiled, bf16) or "cpu" (not compiled, fp32).
+        device: "cuda" (compiled, bf16) or "cpu" (not compiled, fp32). micro_batch_size: not the flag's.
         """
         c, args = self.model.config, self.args
-        tokens, V, C = args.micro_batch_size * args.sequence_length, c.vocab_size, c.n_embd
+        tokens = (micro_batch_size or args.micro_batch_size) * args.sequence_length
+        V, C = c.vocab_size, c.n_embd
         parts = self.gpus if sharded else 1
         kept = KEPT[device] * C * tokens * c.n_layer
         if args.checkpoint_activations:  # the input of each block, and one block at a time
@@ -127,15 +127,6 @@ def model_on_meta(args, config, manifest):
         return GPT(config)
 
 
-class NoRandomWeights(TorchFunctionMode):
-    """On the meta device, normal_ would import torch's compiler, which takes 1.5 s."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.nn.init.normal_:
-            return kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
 def lines(plan):
     """The report, as lines."""
     args, gb = plan.args, lambda size: f"{size / 1e9:,.2f} GB"
@@ -158,7 +149,7 @@ def lines(plan):
     result.append(f"  {'total':<40}{sum(whole.values()) / 1e9:7.2f}{sum(sharded.values()) / 1e9:14.2f}")
     for card, size in CARDS.items():
         fits = [B for B in (2**i for i in range(12)) if recipe.divides(B, args, plan.gpus)
-                and sum(with_micro_batch_size(plan, B).memory(sharded=args.shard).values()) < 0.93e9 * size]
+                and sum(plan.memory(sharded=args.shard, micro_batch_size=B).values()) < 0.93e9 * size]
         result.append(f"  {card + ',':<9} {size} GB: "
                       + (f"--micro_batch_size up to {max(fits)}" if fits else "does not fit"))
     result += ["", "Training time: FLOPs / (GPUs x peak x MFU), without evaluations and communication",
@@ -172,10 +163,6 @@ def lines(plan):
                       + f"{hours[0]:10,.1f}{cost}")
     result.append("  price: per GPU-hour, of llm.c's runs in 2024")
     return result + limits(plan) + warnings(plan, needed)
-
-
-def with_micro_batch_size(plan, B):
-    return replace(plan, args=type(plan.args)(**{**vars(plan.args), "micro_batch_size": B}))
 
 
 def limits(plan):

@@ -238,3 +238,14 @@ def test_importing_does_nothing(tmp_path):
 def test_importing_the_model_imports_no_compiler():
     code = "import sys, model; sys.exit('torch._dynamo' in sys.modules)"  # it takes longer than the rest
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_loading_a_model_imports_no_compiler():
+    code = """if True:
+        import sys
+        from model import GPT, GPTConfig
+        model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=16))
+        GPT.from_state(model.config, model.state_to_save())
+        sys.exit('torch._dynamo' in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
