@@ -110,10 +110,16 @@ def gpt(device, name="ours", directory=None):
     return peers.load(name, device, directory)
 
 
+def results_stream():
+    """stdout, for results alone: whatever else is printed, by C++ code too, goes to stderr from here on."""
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return results
+
+
 def autocast(device, dtype):
     """Matmuls in bfloat16, unless dtype is "float32"."""
     import torch
-
     return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device, torch.bfloat16)
 
 
@@ -323,7 +329,7 @@ def arm(work, **settings):
     """Serve one arm: a line on stdin asks for the unit with that number, a line of JSON on stdout answers."""
     from kit.device import peak_memory
 
-    answers, sys.stdout = sys.stdout, sys.stderr
+    answers = results_stream()
     unit = ARMS[work](**settings)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
@@ -365,12 +371,13 @@ class Arm:
 
 
 def compare(opponents, directories, rounds, limit, name="ours", **settings):
-    """Measure this project, each peer and the limit: {peer: (our answers, the peer's, the limit's)}.
+    """The answers of each round: [(ours, the limit's)] and {peer: [(ours, the peer's)]}.
 
     opponents: the peers' names. directories: their checkouts. limit: the settings of the limit's arm.
-    settings: of the other arms. On a GPU, whose memory they would share, one arm runs after the other.
+    settings: of the other arms. On a GPU, whose memory they would share, one arm runs after the other, and a
+    peer that fails is left out.
     """
-    results = {}
+    units, pairs = [], {}
 
     def theirs(peer):
         directory = directories.get(peer.removesuffix(FP32))
@@ -381,26 +388,25 @@ def compare(opponents, directories, rounds, limit, name="ours", **settings):
             limits = [arm(i) for i in range(rounds)]
         with Arm(name=name, **settings) as arm:
             ours = [arm(i) for i in range(rounds)]
+        units = list(zip(ours, limits))
         for peer in opponents:
             try:
                 with theirs(peer) as arm:
-                    results[peer] = ours, [arm(i) for i in range(rounds)], limits
+                    pairs[peer] = [(ours[i], arm(i)) for i in range(rounds)]
+                print(f"  {settings['work']}: {peer} measured", file=sys.stderr, flush=True)
             except SystemExit as error:  # out of memory, for example
                 print(f"  {peer} is left out: {error}", file=sys.stderr, flush=True)
-                continue
-            print(f"  {settings['work']}: {peer} measured", file=sys.stderr, flush=True)
-        return results
+        return units, pairs
     with Arm(**limit) as limit, Arm(name=name, **settings) as mine:
         for peer in opponents:
             with theirs(peer) as arm:
-                answers = []
+                pairs[peer] = []
                 for i in range(rounds):
                     before, ours, after = limit(i), mine(i), limit(i)
-                    limits = {key: (before[key] + after[key]) / 2 for key in before}
-                    answers.append((ours, arm(i), limits))
-                results[peer] = list(zip(*answers))
+                    units.append((ours, {key: (before[key] + after[key]) / 2 for key in before}))
+                    pairs[peer].append((ours, arm(i)))
                 print(f"  {settings['work']}: {peer} measured", file=sys.stderr, flush=True)
-    return results
+    return units, pairs
 
 
 def spread(values):
@@ -431,39 +437,42 @@ def show(made):
 # -------------------------------------------------------------------------------------------------- the parts
 
 
-def ratios_of(results, each=None):
+def ratios_of(pairs, each=None):
     """How many times as fast as each peer we are, in each round. each: the key of the number of items."""
     def seconds_each(answer):
         return answer["seconds"] / (answer[each] if each else 1)
 
-    return {peer: [seconds_each(b) / seconds_each(a) for a, b in zip(mine, theirs)]
-            for peer, (mine, theirs, _) in results.items()}
+    return {peer: [seconds_each(b) / seconds_each(a) for a, b in rounds] for peer, rounds in pairs.items()}
 
 
-def bench_train(args):
-    import torch
+def train_sizes(device):
+    """The micro-batches to measure, (B, T) each, and the dtype of training on this device."""
+    from kit.device import memory_of
 
-    sizes, dtype = ((4, 256), (4, 1024)), args.dtype or "float32"
-    if args.device == "cuda":  # peers that hold all logits in fp32 need 1 GB per row
-        gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9
-        dtype, largest = args.dtype or "bfloat16", 2 ** int(math.log2(gigabytes / 1.2))
-        sizes = tuple((B, 1024) for B in (32, 64) if B <= largest) or ((largest, 1024),)
-    for B, T in sizes:
+    if device == "cpu":
+        return ((4, 256), (4, 1024)), "float32"
+    largest = 2 ** int(math.log2(memory_of(device) / 1.2e9))  # peers' logits take 1 GB per row in fp32
+    return tuple((B, 1024) for B in (32, 64) if B <= largest) or ((largest, 1024),), "bfloat16"
+
+
+def bench_train(args, only_largest=False):
+    sizes, dtype = train_sizes(args.device)
+    dtype = args.dtype or dtype
+    for B, T in sizes[-1:] if only_largest else sizes:
         opponents = ["transformers compiled", *args.peers]
         if args.device == "cpu" and dtype == "bfloat16":
             opponents += [f"{peer}{FP32}" for peer in opponents if peer != "build-nanogpt"]
         if (B, T) != (4, 1024):  # at 4 x 1024 these take half a minute per step
             opponents += ["transformers", "tutorial"]
         limit = dict(work="matmul", device=args.device, rows=B * T, backward=True, dtype=dtype)
-        results = compare(opponents, args.peers, args.rounds, limit,
-                          work="train", device=args.device, B=B, T=T, dtype=dtype)
+        units, pairs = compare(opponents, args.peers, args.rounds, limit,
+                               work="train", device=args.device, B=B, T=T, dtype=dtype)
         flops = 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 12 * T * 768 / 2  # per token, causal
-        units = [(a, limit) for mine, _, limits in results.values() for a, limit in zip(mine, limits)]
-        peak = {peer: max(b["peak_bytes"] for b in theirs) / 1e9 for peer, (_, theirs, _) in results.items()}
+        peak = {peer: max(b["peak_bytes"] for _, b in rounds) / 1e9 for peer, rounds in pairs.items()}
         peak["ours"] = max(a["peak_bytes"] for a, _ in units) / 1e9
         memory = "peak memory, GB: " + ", ".join(f"{name} {value:.1f}" for name, value in peak.items())
         rates = [B * T / a["seconds"] for a, _ in units]
-        yield row(f"train 124M, {B} x {T}, {dtype}", "tokens/s", rates, ratios_of(results),
+        yield row(f"train 124M, {B} x {T}, {dtype}", "tokens/s", rates, ratios_of(pairs),
                   [B * T * flops / a["seconds"] / limit["rate"] for a, limit in units],
                   notes=[memory], peak_gb=peak)
 
@@ -476,19 +485,16 @@ def bench_hellaswag(args):
     chunk = 3000 if args.device == "cuda" else 600
     limit = dict(work="matmul", device=args.device, rows=2**11 if args.device == "cpu" else 2**15,
                  backward=False, dtype=dtype)
-    results = compare(["tutorial", "transformers"], {}, args.rounds, limit,
-                      work="hellaswag", device=args.device, data=data, chunk=chunk, dtype=dtype)
+    units, pairs = compare(["tutorial", "transformers"], {}, args.rounds, limit,
+                           work="hellaswag", device=args.device, data=data, chunk=chunk, dtype=dtype)
     same = total = 0
-    for a, b in zip(*results["tutorial"][:2]):
+    for a, b in pairs.get("tutorial", []):
         same += sum(p == q for p, q in zip(a["predictions"][::12], b["predictions"]))
         total += b["examples"]
-    fractions = []
-    for mine, _, limits in results.values():
-        for a, limit in zip(mine, limits):
-            flops = 2 * (12 * 12 * 768**2 * a["tokens"] + 50304 * 768 * a["scored"])
-            fractions.append(flops / a["seconds"] / limit["rate"])
-    rates = [a["examples"] / a["seconds"] for mine, _, _ in results.values() for a in mine]
-    yield row(f"HellaSwag 124M, {dtype}", "examples/s", rates, ratios_of(results, "examples"), fractions,
+    fractions = [2 * (12 * 12 * 768**2 * a["tokens"] + 50304 * 768 * a["scored"])
+                 / a["seconds"] / limit["rate"] for a, limit in units]
+    rates = [a["examples"] / a["seconds"] for a, _ in units]
+    yield row(f"HellaSwag 124M, {dtype}", "examples/s", rates, ratios_of(pairs, "examples"), fractions,
               notes=[f"same prediction as the tutorial's loop: {same} of {total}"], same=same, total=total)
 
 
@@ -499,8 +505,8 @@ def bench_sample(args):
         if (name, batch_size) == ("ours", 1):  # without a cache, a batch of eight takes minutes
             opponents += ["tutorial", *(peer for peer in args.peers if peer == "nanoGPT")]
         settings = dict(work="sample", device=args.device, batch_size=batch_size)
-        results = compare(opponents, args.peers, args.rounds, dict(settings, name="limit"), name, **settings)
-        units = [(a, limit) for mine, _, limits in results.values() for a, limit in zip(mine, limits)]
+        units, pairs = compare(opponents, args.peers, args.rounds, dict(settings, name="limit"), name,
+                               **settings)
         fractions = [limit["seconds"] / a["seconds"] for a, limit in units] if name == "ours" else None
         notes, more = [], {}
         if name == "ours int8":
@@ -508,7 +514,7 @@ def bench_sample(args):
             notes = [f"greedy choice as in fp32: {more['agreement']:.1%} of positions (random weights)"]
         kind = f"sample 124M, batch {batch_size}" + name.removeprefix("ours").replace(" ", ", ")
         rates = [128 * batch_size / a["seconds"] for a, _ in units]
-        yield row(kind, "tokens/s", rates, ratios_of(results), fractions, notes=notes, **more)
+        yield row(kind, "tokens/s", rates, ratios_of(pairs), fractions, notes=notes, **more)
 
 
 def bench_data(args):
@@ -539,8 +545,8 @@ def bench_data(args):
             root = Path(__file__).parent
             ours = seconds([sys.executable, root / "fineweb_edu.py", "--input", *files, "--data_dir", out[0]])
             theirs = seconds([sys.executable, "-c", code, out[1], *files], cwd=root)
-            both = [np.concatenate([np.load(path) for path in sorted(part.glob("*.npy"), key=by_number)])
-                    for part in out]
+            shards = [sorted(part.glob("*.npy"), key=lambda path: path.stem[-6:]) for part in out]
+            both = [np.concatenate(list(map(np.load, paths))) for paths in shards]
             if not np.array_equal(*both):
                 sys.exit("error: the shards differ from the tutorial's")
             ratios.append(theirs / ours)
@@ -560,10 +566,6 @@ def tokenizer_rate(texts):
     fast.encode_batch(texts, parallel=False)
     taken = time.perf_counter() - started
     return sum(len(text.encode()) for text in texts) / taken
-
-
-def by_number(path):
-    return path.stem[-6:]
 
 
 def seconds(command, **options):
