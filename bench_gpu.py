@@ -1,15 +1,17 @@
 """Everything to test and to measure on a GPU, in one command and a limited time.
 
     python bench_gpu.py --minutes 25 --json gpu.json
+    python bench_gpu.py --minutes 9 --json gpu.json --stages choices    # later: adds to the same file
 
 Stages, each in a process of its own: `card` (matmul, copy), `tests` (tests/test_gpu.py), `train` (speed,
-memory, evaluation, stop and resume), `profile` (where the time goes), `peers` (bench.py), `choices` (other
-settings, in turn with the default) and, with real shards, `recipe` (250 steps of the 124M recipe). The JSON
+memory, evaluation, stop and resume), `profile` (where the time goes), `choices` (other settings, in turn with
+the default), `peers` (bench.py) and, with real shards, `recipe` (250 steps of the 124M recipe). The JSON
 file is rewritten after each result, so that an interrupted command keeps what it has measured.
 """
 
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -19,7 +21,7 @@ from pathlib import Path
 from kit.flags import Parser, from_command_line, number
 
 # the stages, and how many seconds each may take
-STAGES = dict(card=60, tests=360, train=240, profile=150, peers=480, choices=480, recipe=900)
+STAGES = dict(card=60, tests=420, train=240, profile=150, choices=480, peers=540, recipe=900)
 ROOT = Path(__file__).parent
 # of the train and profile stages: 124M at a quarter of its batch, or a tiny model for a test on a CPU
 FULL = "--total_batch_size 131072 --val_tokens 131072"
@@ -43,13 +45,20 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not Path(args.json).absolute().parent.is_dir():
         parser.error(f"argument --json: {args.json}: its directory does not exist")
+    import bench
+
+    words = [word for peer in args.peer for word in ("--peer", peer)]
+    words += ["--hellaswag_data", args.hellaswag_data] if args.hellaswag_data else []
+    args.bench = vars(bench.parse_args(["all", "--device", args.device, *words]))  # checks these flags now
     return args
 
 
 if __name__ == "__main__":
     args = from_command_line(parse_args) if sys.argv[1:2] not in (["--stage"], ["--arm"]) else None
 
+import argparse
 import contextlib
+import itertools
 import tempfile
 import threading
 import time
@@ -87,11 +96,16 @@ def card(args):
 
 
 def tests(args):
-    """tests/test_gpu.py."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_gpu.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    yield dict(status=done.returncode, summary=done.stdout.strip().splitlines()[-1:],
-               output=done.stdout[-4000:] if done.returncode else "")
+    """tests/test_gpu.py: the result of each test."""
+    command = [sys.executable, "-m", "pytest", "-v", "-n", "0", "--color=no", "tests/test_gpu.py"]
+    lines = []
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if found := re.match(r"tests/test_gpu.py::(\S+) ([A-Z]+)", line):
+                yield {found[1]: found[2]}
+    yield dict(status=process.returncode, output="".join(lines)[-4000:] if process.returncode else "")
 
 
 class Training:
@@ -136,22 +150,22 @@ def train(args):
         with Training(args, directory, log_dir, *flags) as run:
             begin = run.wait_for("parameters,")  # compiled by now
             first = run.wait_for("step     0 |")
+            yield dict(seconds_until_compiled=begin, seconds_until_first_step=first)
             before, after = run.wait_for("step     9 |"), run.wait_for("step    10 |")
             run.wait_for("step    20 |")
+            record, (_, speeds) = read_record(log_dir), read_curves(log_dir)["tok/s"]
+            speed = statistics.median(speeds[5:])
+            step = record["flags"]["total_batch_size"] / speed
+            yield dict(tokens_per_second=speed, seconds_per_step=step,
+                       micro_batch_size=record["flags"]["micro_batch_size"],
+                       peak_memory_bytes=record["peak_memory_bytes"], attention=record["attention"],
+                       compiled=record["compiled"], parameters=record["parameters"],
+                       seconds_of_evaluation_and_save=after - before - step,
+                       model_flops=record["flops_per_token"] * speed)
             run.process.terminate()
             stopped = time.perf_counter()
             run.wait_for("stopped by SIGTERM")
-            status, stopped = run.process.wait(), time.perf_counter() - stopped
-        record, (_, speeds) = read_record(log_dir), read_curves(log_dir)["tok/s"]
-        speed = statistics.median(speeds[5:])
-        step = record["flags"]["total_batch_size"] / speed
-        yield dict(tokens_per_second=speed, seconds_per_step=step, seconds_to_compile=begin,
-                   seconds_to_first_step=first, micro_batch_size=record["flags"]["micro_batch_size"],
-                   peak_memory_bytes=record["peak_memory_bytes"], attention=record["attention"],
-                   compiled=record["compiled"], parameters=record["parameters"],
-                   seconds_of_evaluation_and_save=after - before - step,
-                   model_flops=record["flops_per_token"] * speed,
-                   stop=dict(status=status, seconds=stopped))
+            yield dict(stop=dict(status=run.process.wait(), seconds=time.perf_counter() - stopped))
         with Training(args, directory, log_dir, *flags, "--resume") as run:
             run.wait_for("resuming")
             run.wait_for("finished")
@@ -204,7 +218,8 @@ def training_arm(device, tiny, choice=None):
     tune(device, training=True)
     if process:
         process()
-    B, T = (8 * scale, 32) if tiny else (32 * scale, 1024)
+    B, T = (8, 32) if tiny else (32 if memory_of(device) > 7e10 else 8, 1024)
+    B *= scale
     torch.manual_seed(0)
     model = GPT(GPTConfig(T, 512, 2, 2, 32) if tiny else GPTConfig()).to(device)
     if change:
@@ -254,43 +269,53 @@ def peers(args):
     if args.tiny:
         yield dict(skipped="peers are measured at 124M only")
         return
-    with tempfile.TemporaryDirectory() as directory:
-        for part in ("train", "sample", "hellaswag"):
-            if part == "hellaswag" and not args.hellaswag_data:
-                continue
-            out = f"{directory}/{part}.json"
-            command = [sys.executable, ROOT / "bench.py", part, "-d", args.device, "--json", out]
-            command += [word for peer in args.peer for word in ("--peer", peer)]
-            command += ["--hellaswag_data", args.hellaswag_data] if part == "hellaswag" else []
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-            rows = json.loads(Path(out).read_text())["rows"] if Path(out).exists() else []
-            yield {part: dict(rows=rows, error=done.stderr[-2000:] if done.returncode else "")}
+    settings = argparse.Namespace(**args.bench)
+    parts = [bench.bench_train(settings, only_largest=True), bench.bench_sample(settings)]
+    if settings.hellaswag_data:
+        parts.append(bench.bench_hellaswag(settings))
+    for made in itertools.chain(*parts):
+        yield {made["name"]: made}
 
 
 def recipe(args):
     """250 steps of the 124M recipe on real shards: the validation loss, against the published one."""
     from kit.record import read_curves
+    from kit.reference import REFERENCES, check, loss_at
 
     if args.tiny or not Path(args.data_dir).is_dir():
         yield dict(skipped=f"no shards in {args.data_dir}")
         return
     with tempfile.TemporaryDirectory() as directory:
-        flags = ["--total_batch_size", 524288, "--warmup_steps", 715, "--val_tokens", 10485760]
-        with Training(args, args.data_dir, f"{directory}/log", *flags) as run:
-            run.wait_for("step 250: val loss")
-            curves = read_curves(f"{directory}/log")
-        yield dict(val_loss_at_250=curves["val"][1][-1], train_loss=curves["train"][1][::10],
-                   tokens_per_second=statistics.median(curves["tok/s"][1]))
+        log_dir, published = f"{directory}/log", read_curves(REFERENCES / "build_nanogpt_pr30")["val"]
+        flags = ["--total_batch_size", 524288, "--warmup_steps", 715, "--val_tokens", 10485760,
+                 "--val_every", 50]
+        with Training(args, args.data_dir, log_dir, *flags) as run:
+            for step in range(50, 251, 50):
+                run.wait_for(f"step {step}: val loss")
+                curves = read_curves(log_dir)
+                loss = curves["val"][1][-1]
+                yield {f"step {step}": dict(val_loss=loss, published=loss_at(step, *published),
+                                            warning=check(step, loss, log_dir),
+                                            tokens_per_second=statistics.median(curves["tok/s"][1]))}
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def run_stage(name, args, seconds, keep):
+def end_group(group, grace=3):
+    """End a process group: SIGTERM, because torchrun then ends its ranks, which are no members; SIGKILL."""
+    with contextlib.suppress(ProcessLookupError):
+        if grace:
+            os.killpg(group, signal.SIGTERM)
+            time.sleep(grace)
+        os.killpg(group, signal.SIGKILL)
+
+
+def run_stage(name, args, seconds, keep, command=(sys.executable, __file__)):
     """Run a stage in a process group of its own, for at most `seconds`. keep: called with each result."""
     request = json.dumps({**vars(args), "stage": name})
-    process = subprocess.Popen([sys.executable, __file__, "--stage", request], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([*command, "--stage", request], text=True, start_new_session=True, **pipes)
     errors = []
     reader = threading.Thread(target=lambda: errors.append(process.stderr.read()), daemon=True)
     reader.start()
@@ -298,8 +323,7 @@ def run_stage(name, args, seconds, keep):
 
     def stop():
         late.set()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        end_group(process.pid)
 
     timer = threading.Timer(seconds, stop)
     timer.start()
@@ -309,8 +333,7 @@ def run_stage(name, args, seconds, keep):
         status = process.wait()
     finally:
         timer.cancel()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what the stage has started
+        end_group(process.pid, grace=0 if process.poll() is not None else 3)  # and what the stage has started
     reader.join(5)
     if late.is_set():
         keep(dict(unfinished=f"stopped after {seconds:.0f} s"))
@@ -318,12 +341,29 @@ def run_stage(name, args, seconds, keep):
         keep(dict(error="".join(errors)[-2000:]))
 
 
+def read_results(path):
+    """The results of an earlier call. Raises UserError if the file is not such a file."""
+    try:
+        results = json.loads(Path(path).read_text())
+        return dict(device=results["device"], stages=dict(results["stages"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--json {path} has no results of this script: name another file") from error
+
+
 def main(args):
     args.device = pick_device(args.device)
+    if args.device not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device}: only cuda is measured; CUDA_VISIBLE_DEVICES selects a GPU")
     if args.device == "cpu" and not args.tiny:
         raise UserError("--device cpu: only with --tiny; bench.py measures a CPU")
     end = time.monotonic() + 60 * args.minutes
     results = dict(machine(args.device), tiny=args.tiny, stages={})
+    if Path(args.json).exists():
+        earlier = read_results(args.json)
+        if earlier["device"] != results["device"]:
+            raise UserError(f"--json {args.json} has results of another device, {earlier['device']}: name "
+                            "another file")
+        results["stages"] = earlier["stages"]
     for name in args.stages:
         results["stages"][name] = stage = {}
 
@@ -347,17 +387,24 @@ def serve(request):
     """Run a stage in this process and print each of its results as a line of JSON."""
     args = Parser().parse_args([])
     vars(args).update(json.loads(request))
-    results, sys.stdout = sys.stdout, sys.stderr
+    results = bench.results_stream()
+
+    def end_with_parent():
+        os.read(0, 1)  # nothing is ever written: this returns when the parent is gone, even by SIGKILL
+        end_group(os.getpgrp())
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     tune(args.device, training=True)
     for result in globals()[args.stage](args):
         print(json.dumps(result), file=results, flush=True)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if sys.argv[1:2] == ["--arm"]:
         run_script(lambda request: bench.arm(**json.loads(request)), sys.argv[2])
     elif sys.argv[1:2] == ["--stage"]:
+        signal.signal(signal.SIGTERM, lambda *_: None)  # is meant for what the stage has started
         run_script(serve, sys.argv[2])
     else:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         run_script(main, args)

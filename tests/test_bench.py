@@ -1,7 +1,10 @@
 """bench.py: its arms answer and do the same work, and a wrong flag is refused at once. bench_gpu.py."""
 
 import json
+import signal
+import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from runs import assert_refused, children, run_here, run_script, start_script, w
 
 import bench
 import bench_gpu
+import kit.device
 
 
 @pytest.mark.parametrize("flags, word", [
@@ -47,17 +51,41 @@ def test_rounds_ask_all_arms_for_the_same_work(monkeypatch):
 
     asked = []
     monkeypatch.setattr(bench, "Arm", Made)
-    results = bench.compare(["a", "b"], {"b": "there"}, 2, {}, work="train", device="cpu")
+    units, pairs = bench.compare(["a", "b"], {"b": "there"}, 2, {}, work="train", device="cpu")
     assert asked == [(name, number) for peer in "ab" for number in range(2)
                      for name in ("limit", "ours", "limit", peer)]
-    mine, theirs, limits = results["b"]
-    assert [answer["name"] for answer in mine] == ["ours"] * 2 and mine[0]["device"] == "cpu"
-    assert [answer.get("directory") for answer in theirs] == ["there"] * 2
-    assert limits[0] == {"rate": 10}  # the mean of the ninth answer and the eleventh
-    assert "directory" not in results["a"][1][0]
+    assert len(units) == 4 and units[2][1] == {"rate": 10}  # the mean of the ninth answer and the eleventh
+    assert [ours for ours, _ in units] == [ours for rounds in pairs.values() for ours, _ in rounds]
+    assert all(ours["name"] == "ours" and ours["device"] == "cpu" for ours, _ in units)
+    assert [theirs.get("directory") for _, theirs in pairs["b"]] == ["there"] * 2
+    assert "directory" not in pairs["a"][0][1]
     asked.clear()
     bench.compare(["a", "b"], {}, 2, {}, work="train", device="cuda")  # whose memory the arms would share
     assert asked == [(name, number) for name in ("limit", "ours", "a", "b") for number in range(2)]
+
+
+def test_a_row_survives_when_each_peer_runs_out_of_memory(monkeypatch):
+    """On a GPU a large micro-batch may fit this project only."""
+    class Arm:
+        def __init__(self, **settings):
+            if settings.get("name") == "transformers":
+                raise SystemExit("error: out of memory")
+
+        def __call__(self, number):
+            return dict(seconds=2.0, peak_bytes=10**9)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(bench, "Arm", Arm)
+    made = next(bench.bench_sample(Namespace(device="cuda", peers={}, rounds=2)))
+    assert made["figure"]["median"] == 64 and made["ratios"].keys() == {"tutorial"}
+    made = list(bench.bench_sample(Namespace(device="cuda", peers={}, rounds=2)))[1]  # eight rows: one peer
+    assert made["figure"]["median"] == 512 and made["ratios"] == {} and made["limit"]["median"] == 1
+    bench.show(made)
 
 
 def wait_for(condition):
@@ -87,15 +115,75 @@ def test_the_plan_for_a_gpu_runs_through(tmp_path):
     assert losses["residual stream in bf16"] != losses["slices of 2**27 logits"]
 
 
-def test_the_plan_for_a_gpu_keeps_its_results_when_it_is_killed(tmp_path):
+@pytest.mark.parametrize("gigabytes, sizes", [(80, (32, 64)), (24, (16,)), (10, (8,))])
+def test_a_gpu_is_measured_with_the_micro_batches_of_real_runs(monkeypatch, gigabytes, sizes):
+    monkeypatch.setattr(kit.device, "memory_of", lambda device: gigabytes * 1e9)
+    assert bench.train_sizes("cuda") == (tuple((B, 1024) for B in sizes), "bfloat16")
+
+
+def stage(name, tmp_path, code, seconds=60):
+    """The results of a stage that runs `code`."""
+    script, results = tmp_path / "stage.py", {}
+    script.write_text(f"import os, sys, time\nsys.path.insert(0, {str(bench_gpu.ROOT)!r})\nimport bench_gpu\n"
+                      f"def made(args):\n    {code}\n"
+                      f"bench_gpu.{name} = made\nbench_gpu.serve(sys.argv[2])\n")
+    bench_gpu.run_stage(name, Namespace(device="cpu"), seconds, results.update, (sys.executable, script))
+    return results
+
+
+def test_a_stage_keeps_what_it_has_measured(tmp_path):
+    """Whatever else is printed is no result, and a stage that is cut off or fails loses nothing."""
+    results = stage("card", tmp_path, "os.write(1, b'NCCL INFO\\n'); print('words'); yield dict(a=1); "
+                                      "time.sleep(60)", seconds=8)
+    assert results == {"a": 1, "unfinished": "stopped after 8 s"}
+    results = stage("card", tmp_path, "yield dict(a=1); raise RuntimeError('broken')")
+    assert results["a"] == 1 and "broken" in results["error"]
+
+
+def test_the_result_of_each_gpu_test_is_kept(monkeypatch, tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_gpu.py").write_text(
+        "import pytest\n\n@pytest.mark.parametrize('n', [1, 2])\ndef test_a(n):\n    assert n == 1\n")
+    monkeypatch.setattr(bench_gpu, "ROOT", tmp_path)
+    results = list(bench_gpu.tests(Namespace()))
+    assert results[:2] == [{"test_a[1]": "PASSED"}, {"test_a[2]": "FAILED"}]
+    assert results[2]["status"] == 1 and "assert 2 == 1" in results[2]["output"]
+
+
+def test_each_row_of_the_peers_is_kept(monkeypatch):
+    def fails(settings):
+        yield dict(name="c")
+        raise RuntimeError
+
+    monkeypatch.setattr(bench, "bench_train", lambda settings, only_largest: iter([dict(name="a")]))
+    monkeypatch.setattr(bench, "bench_sample", fails)
+    rows = bench_gpu.peers(Namespace(tiny=False, bench=dict(hellaswag_data=None)))
+    assert [next(rows), next(rows)] == [{"a": {"name": "a"}}, {"c": {"name": "c"}}]
+
+
+def test_a_second_call_adds_to_the_results(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = "bench_gpu.py", "--device", "cpu", "--tiny", "--json", out, "--stages"
+    run_script(*command, "card")
+    first = read(out)
+    run_script(*command, "peers")
+    assert read(out) == first | {"peers": read(out)["peers"]}
+    out.write_text(out.read_text().replace('"device": "', '"device": "another '))
+    assert "another device" in run_script(*command, "card", check=False).stderr
+    out.write_text("[]")
+    assert "no results of this script" in run_script(*command, "card", check=False).stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_the_plan_for_a_gpu_keeps_its_results_when_it_is_killed(how, tmp_path):
     """Killed in its second stage; what that stage had started is gone too."""
     out = tmp_path / "gpu.json"
     process = start_script("bench_gpu.py", "--device", "cpu", "--tiny", "--stages", "card", "profile",
                            "--json", out)
     wait_for_line(process, '"seconds"')  # of the first stage
     started = wait_for(lambda: children(process.pid) and children(children(process.pid)[0]))
-    process.terminate()
-    assert process.wait(30) == 143
+    process.send_signal(how)
+    assert process.wait(30) == {signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
     assert read(out)["card"].keys() == {"matmul_flops", "matmul_shape", "copy_bytes_per_second", "seconds"}
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
 
