@@ -59,7 +59,7 @@ class Ranks:
             self.device = pick_device("cuda:0" if only_one else f"cuda:{self.local_rank}")
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)
-        self.timeout = timeout
+        self.timeout, self.over_nccl = timeout, False
         if self.distributed:
             timeout = datetime.timedelta(seconds=timeout)
             store, *_ = next(rendezvous("env://", timeout=timeout))
@@ -71,11 +71,13 @@ class Ranks:
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world_size,
                                     timeout=timeout)
             self.patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-            nccl = {}
-            if self.device.startswith("cuda") and self.can_use_nccl():
-                nccl = dict(backend="nccl", device_id=torch.device(self.device))
-            # twice as long, so that `read` ends a hang: NCCL's own watchdog would abort the process
-            self.group = dist.new_group(timeout=2 * timeout if nccl else timeout, **nccl)
+            self.over_nccl = self.device.startswith("cuda") and self.can_use_nccl()
+            if self.over_nccl:
+                # twice as long, so that `read` ends a hang: NCCL's own watchdog would abort the process
+                self.group = dist.new_group(timeout=2 * timeout, backend="nccl",
+                                            device_id=torch.device(self.device))
+            else:
+                self.group = dist.new_group(timeout=timeout)
 
     def can_use_nccl(self):
         """Whether the ranks' GPUs can exchange gradients directly. If not, rank 0 says why."""
@@ -191,8 +193,17 @@ class Ranks:
             now = time.monotonic()
             if now - started > self.timeout or stop.number and now - max(started, stop.received_at) > grace:
                 raise dist.DistError("a collective of the GPUs timed out")
+            if error := self.nccl_error():
+                raise dist.DistError(f"NCCL reports {error}")
             time.sleep(1e-4)
         return tensor.tolist()
+
+    def nccl_error(self):
+        """NCCL's error, such as "REMOTE_ERROR", or None. A minute later it ends the process."""
+        if self.over_nccl:
+            with contextlib.suppress(AttributeError, RuntimeError):  # private names
+                error = self.group._get_backend(torch.device(self.device)).get_error().name
+                return None if error == "SUCCESS" else error
 
     def barrier(self):
         """Wait for all ranks, up to LONGEST_WAIT. A dead rank is an error."""
