@@ -1,5 +1,6 @@
 """Work that training need not wait for: it is done in a thread, one job after another."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 
@@ -12,6 +13,8 @@ class Background:
     def __init__(self, on):
         """on: whether there is a thread. Without one, `submit` does the job itself."""
         self.on, self.jobs = on, []
+        if on:  # a thread that draws may keep the interpreter for 0.1 ms, not 5, while training waits for it
+            sys.setswitchinterval(1e-4)
         self.pool = ThreadPoolExecutor(max_workers=1)
 
     def submit(self, function, *args):

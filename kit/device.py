@@ -235,6 +235,7 @@ def fits_into_memory(model, batch, precision, device, missing):
         del later, x, y, loss
         if type_of(device) == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)  # the peak that is reported is training's
 
 
 class Precision:

@@ -111,8 +111,10 @@ def save_source(log_dir):
 
 
 def add_facts(log_dir, **facts):
-    """Add facts to the latest start in run.json."""
+    """Add facts to the latest start in run.json, unless the file was removed."""
     record = read_record(log_dir)
+    if not record["starts"]:
+        return
     record["starts"][-1] |= facts
     with atomic_write(Path(log_dir) / "run.json") as file:
         json.dump({**record, **facts}, file, indent=1)

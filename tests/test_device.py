@@ -3,15 +3,18 @@
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._C._distributed_c10d import ErrorType
 
 import kit.ranks
 from kit import device, validation
+from kit.background import Background
 from kit.device import Precision, peak_flops
 from kit.files import UserError
 from kit.ranks import Ranks, StopSignal
@@ -51,6 +54,44 @@ def test_evaluation_and_sampling_do_not_use_cudnns_attention(monkeypatch):
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
         torch.set_float32_matmul_precision("highest")
+
+
+def test_training_is_not_kept_waiting_by_a_thread_that_draws():
+    """A thread of pure Python hands over the interpreter after a fraction of a millisecond."""
+    interval = sys.getswitchinterval()
+    try:
+        with Background(on=True) as background:
+            done = threading.Event()
+
+            def draw():
+                while not done.is_set():
+                    pass
+
+            background.submit(draw)
+            started = time.perf_counter()
+            for _ in range(100):
+                time.sleep(0)  # gives up the interpreter, as torch does in each operation
+            seconds = (time.perf_counter() - started) / 100
+            done.set()
+    finally:
+        sys.setswitchinterval(interval)
+    assert seconds < 2e-3  # 5 ms by default
+
+
+def test_memory_tried_for_micro_batches_is_not_reported(monkeypatch):
+    peak = [0]
+
+    class Model(torch.nn.Linear):
+        def forward(self, x, y):
+            peak[0] = 10**9
+            return None, super().forward(x).sum()
+
+    precision = Precision("cpu")
+    monkeypatch.setattr(device, "type_of", lambda name: "cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda name: peak.__setitem__(0, 0))
+    assert device.fits_into_memory(Model(1, 1), (torch.ones(1, 1),) * 2, precision, "cpu", 2)
+    assert peak == [0]
 
 
 # ------------------------------------------------------------------------------------------------- many ranks
@@ -114,6 +155,23 @@ def test_a_rank_does_not_wait_for_its_gpu_for_ever(monkeypatch, signal_after, ti
     assert seconds <= time.monotonic() - started < seconds + 5
     monkeypatch.setenv("RANK", "0")
     assert "lost contact" in kit.ranks.explain_failed_exchange(raised.value, timeout)
+
+
+def test_an_error_of_nccl_is_noticed_before_nccl_ends_the_process(monkeypatch):
+    """Its watchdog sets the error, waits about a minute and then aborts."""
+    ranks = Ranks("cpu")
+    ranks.world_size, ranks.device, ranks.over_nccl = 2, "cuda:0", True
+    errors = iter([ErrorType.SUCCESS, ErrorType.SUCCESS, ErrorType.REMOTE_ERROR])
+    backend = SimpleNamespace(get_error=lambda: next(errors))
+    ranks.group = SimpleNamespace(_get_backend=lambda device: backend)
+    never = SimpleNamespace(record=lambda: None, query=lambda: False)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: never)
+    with pytest.raises(torch.distributed.DistError, match="REMOTE_ERROR") as raised:
+        ranks.read(torch.zeros(2), StopSignal(ranks))
+    monkeypatch.setenv("RANK", "0")
+    assert "lost contact" in kit.ranks.explain_failed_exchange(raised.value, 600)
+    del ranks.group._get_backend  # a torch without this private name
+    assert ranks.nccl_error() is None
 
 
 @pytest.mark.parametrize("message", [  # reported in pytorch issue 118369, nccl issue 795

@@ -63,19 +63,24 @@ def test_loss_and_gradients_are_the_cpus(vocab_size):
 
 
 def test_compiled_is_eager_at_124m():
-    """Loss and gradients, in the precision of training."""
+    """Loss and gradients in bf16: compiled, they are as close to fp32's as uncompiled."""
     torch.manual_seed(0)
     model = GPT(GPTConfig()).to(DEVICE).train()
     x, y = torch.randint(50257, (2, 4, 1024)).to(DEVICE)
     found = []
-    for version in (model, compile_model(model, DEVICE)):
+    for version, dtype in ((model, torch.float32), (model, torch.bfloat16),
+                           (compile_model(model, DEVICE), torch.bfloat16)):
         model.zero_grad()
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
             loss = version(x, y)[1]
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    for one, other in zip(*found):
-        assert (one - other).norm() <= 0.02 * one.norm()
+    names = "loss", *(name for name, _ in model.named_parameters())
+    errors = {name: ((plain - exact).norm().item(), (compiled - exact).norm().item(), exact.norm().item())
+              for name, exact, plain, compiled in zip(names, *found)}
+    wrong = {name: (plain, compiled, size) for name, (plain, compiled, size) in errors.items()
+             if compiled > 1.5 * plain + 1e-3 * size}
+    assert not wrong
 
 
 def test_a_run_follows_the_cpus(on_device, whole):
