@@ -33,7 +33,7 @@ import checkpoint
 import fineweb_edu
 import hellaswag
 import train_gpt2
-from kit import curves, device, reference, sources
+from kit import curves, device, record, reference, sources
 from kit.device import Precision, compile_model
 from kit.files import UserError
 from train_gpt2 import get_lr, main, parse_args
@@ -526,6 +526,15 @@ def test_a_batch_that_does_not_fit_is_found_and_leaves_no_gradient(monkeypatch):
     assert fail(torch.OutOfMemoryError("CUDA out of memory")) is False
     with pytest.raises(RuntimeError, match="another"):
         fail(RuntimeError("another error"))
+
+
+def test_a_record_that_was_removed_does_not_end_the_run(tmp_path):
+    """A run adds facts after its second step; run.json may be gone by then."""
+    record.add_facts(tmp_path, peak_memory_bytes=1)
+    assert not list(tmp_path.iterdir())
+    record.record_start(tmp_path, False, flags={})
+    record.add_facts(tmp_path, peak_memory_bytes=1)
+    assert record.read_record(tmp_path)["starts"][-1]["peak_memory_bytes"] == 1
 
 
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
