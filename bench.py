@@ -40,7 +40,7 @@ def parse_args(argv=None):
     parser.add_argument("--rounds", type=integer(1), default=3,
                         help="rounds per comparison; at most 3 for the data")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"),
-                        help="of training and HellaSwag (default: as in train_gpt2.py and hellaswag.py)")
+                        help="dtype in training and HellaSwag (default: that of the scripts)")
     parser.add_argument("--hellaswag_data", metavar="FILE",
                         help="local HellaSwag examples (default: downloaded)")
     parser.add_argument("--input", nargs="+", metavar="FILE",

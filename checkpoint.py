@@ -38,7 +38,7 @@ def parse_args(argv=None):
     for name, what in (("list", "check file sizes"), ("verify", "check every byte")):
         command = commands.add_parser(name, help=f"show the checkpoints of a run and {what}")
         command.add_argument("directory", metavar="DIR", help="a run's log directory, or one checkpoint")
-    command = commands.add_parser("export", help="write a model as a Hugging Face directory; may upload it")
+    command = commands.add_parser("export", help="write a model as a Hugging Face directory; can upload it")
     command.add_argument("source", metavar="MODEL", help=MODEL)
     command.add_argument("directory", metavar="DIR", help="the new directory")
     command.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload it to this repository")
@@ -397,7 +397,7 @@ def newest_run(say=True):
                         "or name a model, as in -m gpt2")
     newest = str(max(found, key=lambda path: path.stat().st_mtime).parent.parent)
     if say:
-        print(f"-m {newest} (the newest run)", file=sys.stderr)
+        print(f"using -m {newest} (the newest run)", file=sys.stderr)
     return newest
 
 

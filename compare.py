@@ -43,19 +43,21 @@ def parse_args(argv=None):
                            "config's value. Other flags of train_gpt2.py can be part of an arm.")
     add = parser.add_argument
     add("arms", nargs="+", metavar="ARM",
-        help="a config, or a config and flags in quotes; the first is the baseline (--speedrun: the second)")
+        help="a config, or a config and flags in quotes; the first is the baseline (with --speedrun: the "
+             "second)")
     add("--seeds", type=integer(1), default=1, metavar="N", help="runs of each arm, each with another seed")
     add("--first_seed", type=integer(0), metavar="N",
         help=f"the seeds are N, N + 1, ... (default: {FIRST_SEED}, or after a --sweep {FIRST_SEED + 1})")
     add("--sweep", action="append", default=[], metavar="FLAG=VALUE,...",
         help="tune FLAG for each arm over these values; repeat for a grid")
     add("--any_version", action="store_true",
-        help="accept finished runs of other versions of this program")
+        help="accept finished runs of other versions of this code")
     add("--scaling", metavar="LAYERSxWIDTH,...", type=sizes_of, default=[],
-        help="train one arm at five or more sizes, and predict the largest's loss from the others")
+        help="train one arm at five or more sizes; predict the loss of the largest from the others")
     add("--tokens_per_parameter", type=number(0.01), default=20.0,
         help="training tokens per parameter, with --scaling")
-    add("--speedrun", action="store_true", help="time the whole commands of two arms: docs/speedrun.md")
+    add("--speedrun", action="store_true",
+        help="compare the times of the whole commands of two arms; see docs/speedrun.md")
     add("--out", default="log_compare", metavar="DIR", help="directory of the runs and the report")
     add("--nproc", type=integer(1), default=1, metavar="N", help="ranks of each run, started by torchrun")
     own = {action.dest for action in parser._actions}

@@ -50,20 +50,20 @@ def parse_args(argv=None):
     models, add = group.add_mutually_exclusive_group(), group.add_argument
     models.add_argument("-m", "--model", help=f"{MODEL} (default: the newest run among log*)")
     models.add_argument("--compare", nargs=2, metavar=("A", "B"),
-                        help="two such models on the same examples, and a paired test")
+                        help="compare two models on the same examples, with a paired test")
     add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     add("--protocol", choices=[*PROTOCOLS, "both"], default="completion",
         help="protocol of the GPT-2 reproductions, or of lm-evaluation-harness")
     add("--hellaswag_data", metavar="FILE",
-        help="local examples, .jsonl, .jsonl.gz or .parquet (default: the validation split, downloaded once "
-             "from the Hugging Face hub)")
+        help="file of examples, .jsonl, .jsonl.gz or .parquet (default: the validation split, downloaded "
+             "once from the Hugging Face hub)")
     add("--limit", type=integer(1), help="evaluate only the first N examples")
     add = parser.add_argument_group("output").add_argument
     add("--by", choices=list(scores.GROUPS), help="also print the accuracy of each group")
     add("--show", type=integer(1),
         help="print the first N examples with their scores; with --compare, only those that exactly one of "
              "the models got right")
-    add("--json", metavar="OUT", help="write the result to this file; - prints it, and nothing else")
+    add("--json", metavar="OUT", help="write the result to this file; with -, print only the JSON")
     args = parser.parse_args(argv)
     if args.compare and Path(args.compare[0]) == Path(args.compare[1]):
         parser.error("argument --compare: name two different models")

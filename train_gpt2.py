@@ -18,7 +18,7 @@ from kit.flags import MODEL, Parser, from_command_line, integer, integer_or_auto
 
 def parse_args(argv=None):
     parser = Parser(
-        description="Train a GPT-2. An interval of N means step 0, every N steps and the end; 0 means never.",
+        description="Train a GPT-2. An interval N means at step 0, every N steps and at the end; 0: never.",
         usage="python train_gpt2.py [@configs/NAME.txt] [--flag value ...]",
         aliases={"-m": "--init_from", "--model": "--init_from"},
     )
@@ -27,7 +27,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--data_dir", metavar="DIR", default="edu_fineweb10B", help="shards made by fineweb_edu.py")
     add("--data_tokenizer", metavar="NAME", help="tokenizer of shards without a manifest: gpt2, or a file")
-    add("--demo_data", action=switch, default=False, help="make data_dir from Python's own documentation")
+    add("--demo_data", action=switch, default=False, help="train on Python's own documentation")
     add("--log_dir", metavar="DIR", default="log", help="directory of log.txt, run.json and the checkpoints")
     add("--resume", action="store_true", help="continue from the newest valid checkpoint of log_dir")
     add("--allow_change", nargs="+", metavar="FLAG", choices=recipe.CHANGEABLE, default=(),
@@ -37,7 +37,7 @@ def parse_args(argv=None):
         help="evaluate and sample from log_dir's newest checkpoint, or the model of --init_from; no training")
     add("--plan", nargs="?", type=integer(1), const=1, metavar="GPUS",
         help="print what the run needs on this many GPUs (default: 1): memory, disk, time; no training")
-    add("--plan_mfu", type=number(0.01, 1), metavar="X", help="MFU for --plan (default: as in llm.c's runs)")
+    add("--plan_mfu", type=number(0.01, 1), metavar="X", help="MFU that --plan assumes (default: llm.c's)")
     add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
         help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32; "
@@ -55,20 +55,20 @@ def parse_args(argv=None):
         help="seconds without an answer after which a rank counts as lost")
     add("--micro_batch_size", type=integer_or_auto(1), default=32, metavar="N",
         help="sequences per forward pass and rank, or auto: the largest power of two that fits into memory; "
-             "does not affect the batches of the run")
+             "the total batch stays the same")
     recipe.add_flags(parser)
     add = parser.add_argument_group("evaluation, samples and checkpoints").add_argument
     add("--val_every", type=interval, default=250, help="validation interval")
-    add("--hellaswag_every", type=interval, default=250, help="interval of HellaSwag")
-    add("--hellaswag_data", metavar="FILE", help="local HellaSwag examples instead of the download")
+    add("--hellaswag_every", type=interval, default=250, help="interval of HellaSwag evaluations")
+    add("--hellaswag_data", metavar="FILE", help="HellaSwag examples (default: downloaded)")
     add("--sample_every", type=interval, default=250, help="interval of samples (none at step 0)")
     add("--sample_prompt", metavar="TEXT", default="Hello, I'm a language model,", help="prompt for samples")
     add("--save_every", type=interval, default=1000, help="interval of checkpoints (none at step 0)")
     add("--profile", type=interval, default=0, metavar="N",
         help="profile N training steps: log_dir/profile.txt and a trace")
     add("--background", action=switch,
-        help="save and draw in a thread while training goes on; takes CPU memory for a copy of weights and "
-             "optimizer (default: only on a GPU)")
+        help="save and draw in a thread while training goes on, which takes CPU memory for a copy of weights "
+             "and optimizer (default: only on a GPU)")
     add("--keep", type=integer(2), default=2, help="number of newest checkpoints to keep")
     add("--keep_every", type=interval, default=0, help="interval of checkpoints that are never removed")
     add("--skip_bad_steps", type=interval, default=0,
@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add("--stop_on_divergence", action="store_true",
         help="stop if the smoothed training loss rises far above its minimum (default: a warning)")
     add("--log_every", type=interval, default=10,
-        help="print a line every N steps; a terminal shows one updating line, log.txt has every step")
+        help="print a line every N steps; a terminal shows one line that is updated; log.txt has every step")
     add("--plot", action=switch, default=True, help="draw log_dir/curves.png at each evaluation")
     add("--track", choices=("wandb", "trackio", "tensorboard"),
         help="also send the logged values to this tracker")
@@ -157,8 +157,8 @@ class DataLoaderLite:
         self.num_windows = int(self.ends[-1])
         if self.num_windows == 0:
             longest = max(len(tokens) for _, tokens in self.shards)
-            raise UserError(f"--sequence_length {T}: a window takes {T + 1} tokens, the longest {split} "
-                            f"shard of {data_dir} has {longest}")
+            raise UserError(f"--sequence_length {T}: a window has {T + 1} tokens, the longest {split} shard "
+                            f"of {data_dir} only {longest}; use a smaller value, or more text")
         self.position = 0  # windows consumed so far, by all ranks together
         self.prefetched = None, None  # the first window of a micro-batch that was read early, and that batch
         self.order_of, self.order = None, None  # the current shuffle: (epoch, shard) and its permutation
@@ -286,7 +286,7 @@ def open_data(args, ranks):
     if not val_windows:
         raise UserError(f"--val_start {args.val_start}: the val split has only {tokens} tokens")
     if last > val.num_windows:
-        ranks.say(f"validation reads {len(val_windows) * args.sequence_length:,} tokens, to the split's end")
+        ranks.say(f"validation reads {len(val_windows) * args.sequence_length:,} tokens, to the end of val")
 
     examples = load_hellaswag(args, ranks) if tokenizer and args.hellaswag_every else None
     if ranks.max(examples is None):  # all ranks evaluate, or none
@@ -330,7 +330,7 @@ def load_hellaswag(args, ranks):
         try:
             return list(hellaswag.iterate_examples(hellaswag.download()))
         except UserError as error:
-            ranks.say(f"no HellaSwag: {error}")
+            ranks.say(f"HellaSwag is skipped: {error}")
 
 
 def with_vocab_size(args, data, newest):

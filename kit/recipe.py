@@ -32,7 +32,7 @@ SETTINGS = (
     Setting("sequence_length", 1024, "tokens per sequence", "batch", 1),
     Setting("max_steps", 19073, "optimizer steps; the default reads 10B tokens", "optimizer", 1,
             changeable=True),
-    Setting("max_lr", 6e-4, "learning rate after the warm-up", "optimizer", 0, changeable=True),
+    Setting("max_lr", 6e-4, "peak learning rate, after the warm-up", "optimizer", 0, changeable=True),
     Setting("min_lr", 6e-5, "learning rate at the end", "optimizer", 0, changeable=True),
     Setting("warmup_steps", 715, "steps of linear warm-up; the default covers 375M tokens, as in GPT-3",
             "optimizer", 0, changeable=True),
@@ -56,8 +56,9 @@ SETTINGS = (
     Setting("qk_norm", False, "normalize queries and keys", "model variants"),
     Setting("tie_embeddings", True, "share the embedding and output matrix", "model variants"),
     Setting("logit_softcap", 0.0, "soft-cap logits to +-X, by tanh; 0: off", "model variants", 0),
-    Setting("value_residual", False, "mix the first layer's values into later layers'", "model variants"),
-    Setting("embedding_norm", False, "normalize the embedded tokens", "model variants"),
+    Setting("value_residual", False, "mix the first layer's values into those of later layers",
+            "model variants"),
+    Setting("embedding_norm", False, "a norm after the embedding", "model variants"),
     Setting("x0_shortcut", False, "mix the embedded tokens into the input of each block", "model variants"),
     Setting("zero_init", False, "initialize residual projections and an untied head to 0",
             "model variants"),
@@ -67,14 +68,14 @@ SETTINGS = (
             "training variants", 0.001, 1, changeable=True),
     Setting("optimizer", "adamw", "adamw, or muon for the blocks' matrices and AdamW for the rest",
             "training variants", choices=("adamw", "muon")),
-    Setting("beta1", 0.9, "AdamW: decay rate of mean gradients", "training variants", 0, 0.99999,
+    Setting("beta1", 0.9, "AdamW: decay rate of the mean of gradients", "training variants", 0, 0.99999,
             changeable=True),
-    Setting("beta2", 0.95, "AdamW: decay rate of mean squared gradients", "training variants", 0, 0.99999,
-            changeable=True),
+    Setting("beta2", 0.95, "AdamW: decay rate of the mean of squared gradients", "training variants", 0,
+            0.99999, changeable=True),
     Setting("muon_momentum", 0.95, "Muon's momentum", "training variants", 0, 0.99999, changeable=True),
-    Setting("muon_scale", 0.2, "RMS of Muon's updates / learning rate",
-            "training variants", 0, changeable=True),
-    Setting("val_tokens", 10485760, "tokens of the val split for the validation loss", "validation", 1,
+    Setting("muon_scale", 0.2, "root mean square of Muon's updates / learning rate", "training variants", 0,
+            changeable=True),
+    Setting("val_tokens", 10485760, "tokens of the val split that the validation loss reads", "validation", 1,
             recipe=False),
     Setting("val_start", 0, "tokens to skip at the start of the val split", "validation", 0,
             recipe=False),
@@ -154,7 +155,7 @@ def check_identity(before, now, allowed, log_dir):
     changes = {key: f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items()
                if before.get(key) != value}
     if "data" in changes:  # two digests would say nothing
-        changes["data"] = "the data: other shards than before"
+        changes["data"] = "the data: the shards are not those of the checkpoint"
     if changes.keys() - set(allowed):
         remedy = "use another --log_dir"
         if changes.keys() <= set(CHANGEABLE):

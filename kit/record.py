@@ -50,7 +50,7 @@ def read_log(log_dir):
                 raise ValueError
             parsed.append((int(step), stream, float(value), line))
         except ValueError:
-            raise UserError(f"{path}:{number} is not a line of a log: {line.strip()!r}; remove it") from None
+            raise UserError(f"{path}:{number} is not a valid log line: {line.strip()!r}; remove it") from None
     return parsed
 
 

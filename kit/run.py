@@ -111,7 +111,7 @@ class Run(contextlib.ExitStack):
             curves.draw([self.log_dir], self.log_dir / "curves.png")
         except UserError as error:  # for example without matplotlib
             self.plot = False
-            self.ranks.say(f"curves.png is not drawn from here on: {error}")
+            self.ranks.say(f"curves.png will no longer be drawn: {error}")
 
     def sync_log(self):
         """Make sure that log.txt is on the disk, for example before a checkpoint of the same step."""

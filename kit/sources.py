@@ -93,9 +93,9 @@ def list_directory(entry, data_dir):
 
 
 def once_each(entry, paths):
-    """The paths of an entry, each file once: by its own name rather than by way of a link.
+    """The paths of an entry, each file once: by its own name rather than that of a link to it.
 
-    Prints how many other names of the same files are left out.
+    Prints how many links are left out.
     """
     names = {}
     for path in sorted(paths, key=lambda path: os.path.realpath(path) != os.path.abspath(path)):
@@ -103,8 +103,8 @@ def once_each(entry, paths):
     kept = set(names.values())
     others = [path for path in paths if path not in kept]
     if others:
-        print(f"{entry}: {count(len(others), 'second name')} of the same files left out, such as {others[0]} "
-              f"for {names[os.path.realpath(others[0])]}")
+        print(f"{entry}: left out {count(len(others), 'link')} to files that are already included, such as "
+              f"{others[0]} to {names[os.path.realpath(others[0])]}")
     return [path for path in dict.fromkeys(paths) if path in kept]
 
 

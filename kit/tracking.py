@@ -120,7 +120,7 @@ class Tracker:
             return call(*args)
         except Exception as error:
             if not self.failed:
-                print(f"--track {self.kind} failed and is off from here on, log.txt has all numbers: "
+                print(f"--track {self.kind} failed and is now off; log.txt still gets all numbers: "
                       f"{first_line(error)}", file=sys.stderr, flush=True)
             self.failed = True
 

@@ -353,7 +353,7 @@ def test_a_second_name_of_a_file_inside_an_entry_is_left_out_with_a_notice(tmp_p
     files = ["texts/b.txt", "texts/out.txt", "texts/sub/c.txt"]
     assert sources.find_files(["texts"]) == files
     assert capsys.readouterr().out == (
-        "texts: 2 second names of the same files left out, such as texts/a.txt for texts/b.txt\n"
+        "texts: left out 2 links to files that are already included, such as texts/a.txt to texts/b.txt\n"
         "texts: 3 files, without 1 of other formats\n")
     assert sources.find_files(["texts/*"]) == sources.find_files(["texts/**"]) == files
     assert sources.find_files(["texts/*.txt"]) == ["texts/b.txt", "texts/out.txt", "texts/z.txt"]

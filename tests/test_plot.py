@@ -323,7 +323,7 @@ def test_of_repeated_steps_the_last_counts_and_a_torn_line_is_dropped(tmp_path):
                                   "2.5 val 3", f"{2**63} val 3", "<<<<<<< HEAD"])
 def test_a_bad_line_is_refused_by_its_number(tmp_path, line):
     (tmp_path / "log.txt").write_text(f"0 val 5\n{line}\n1 val 4\n")
-    with pytest.raises(UserError, match=r"log\.txt:2 is not a line of a log"):
+    with pytest.raises(UserError, match=r"log\.txt:2 is not a valid log line"):
         pictures.picture([tmp_path])
 
 

@@ -181,7 +181,7 @@ def test_without_a_model_the_newest_run_is_taken(small_run, tmp_path, monkeypatc
         for path in (tmp_path / name).glob("*/meta.json"):
             os.utime(path, (1, 2 if name == "log_new" else 1))
     process = run_here(sample, *flags)
-    assert (process.stdout, process.stderr) == ("Hello\n", "-m log_new (the newest run)\n")
+    assert (process.stdout, process.stderr) == ("Hello\n", "using -m log_new (the newest run)\n")
 
 
 def test_an_empty_prompt_starts_a_document(learned):

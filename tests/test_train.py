@@ -316,7 +316,7 @@ def test_without_hellaswag_and_network_training_goes_on(shards, whole, tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     log = train(shards, tmp_path / "log", "--hellaswag_every", 4)
-    assert capsys.readouterr().out.count("no HellaSwag: ") == 1 and log == whole.log
+    assert capsys.readouterr().out.count("HellaSwag is skipped: ") == 1 and log == whole.log
 
 
 def test_evaluations_are_drawn_and_compared_with_references(shards, tmp_path, monkeypatch, capsys, calls_of):
@@ -334,7 +334,8 @@ def test_evaluations_are_drawn_and_compared_with_references(shards, tmp_path, mo
 def test_without_matplotlib_training_goes_on_and_says_so_once(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import raises ImportError
     train(shards, tmp_path / "log", "--plot")
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "curves.png is not drawn" in line]
+    [line] = [line for line in capsys.readouterr().out.splitlines()
+              if "curves.png will no longer be drawn" in line]
     assert line.endswith("pip install matplotlib")
 
 

@@ -552,7 +552,7 @@ def test_a_resume_that_would_be_another_run_is_refused(shards, whole, tmp_path, 
 
 def test_a_resume_on_other_data_is_refused(shards, whole, tmp_path):
     other = make.copy_shards(shards, tmp_path / "data", manifest=False)
-    with pytest.raises(UserError, match=f"the data: other shards.*use --init_from {whole.log_dir} "):
+    with pytest.raises(UserError, match=f"the data: the shards are not.*use --init_from {whole.log_dir} "):
         train(shards, whole.log_dir, "--resume", "--data_dir", other)
 
 
