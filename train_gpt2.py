@@ -88,7 +88,7 @@ def parse_args(argv=None):
     for flag in ("block_size", "val_tokens"):
         if getattr(args, flag) < args.sequence_length:
             parser.error(f"argument --{flag}: less than --sequence_length {args.sequence_length}")
-    if args.demo_data and os.path.realpath(args.log_dir) == os.path.realpath(args.data_dir):  # two locks
+    if args.demo_data and os.path.realpath(args.log_dir) == os.path.realpath(args.data_dir):  # deadlock
         parser.error(f"argument --log_dir: {args.log_dir} is the directory of the data; name another one")
     return args
 
@@ -193,7 +193,7 @@ class DataLoaderLite:
     def next_batch(self, takers=None):
         """This rank's next micro-batch: inputs and targets, both (B, T).
 
-        takers: how many ranks, the first ones, take one (default: all); the others get None.
+        takers: the number of ranks that take one, from rank 0 on (default: all); the others get None.
         """
         first, (prefetched, batch) = self.position + self.process_rank * self.B, self.prefetched
         takers = takers or self.num_processes
@@ -203,10 +203,10 @@ class DataLoaderLite:
         return batch if prefetched == first else self.batch(first, self.B)
 
     def micro_batches(self, count, before_each):
-        """All ranks take `count` micro-batches in turn; yield this rank's, and whether it is the last one.
+        """Deal `count` micro-batches to the ranks in rounds. Yield this rank's, and whether it is the last.
 
-        If they can't be divided equally, the last ranks get none in the first round: the last round, which
-        averages gradients, needs all. before_each: called equally often on every rank; it may raise to stop.
+        The last round averages gradients, so it needs all ranks: if `count` is no multiple of their number,
+        the last ranks get none in the first round. before_each: called in every round; it may raise to stop.
         """
         rounds = math.ceil(count / self.num_processes)
         for n in range(rounds):
@@ -216,7 +216,7 @@ class DataLoaderLite:
                 yield batch, n == rounds - 1
 
     def prefetch(self):
-        """Read the next micro-batch early. An error in it is left to next_batch(): this step is fine."""
+        """Read the next micro-batch early. If that fails, next_batch() raises: this step does not need it."""
         first = self.position + self.process_rank * self.B
         with contextlib.suppress(UserError):
             self.prefetched = first, self.batch(first, self.B)
@@ -583,7 +583,7 @@ def train(args, at_exit):
 
 
 def main(args):
-    """Train, or with --eval_only evaluate: a run of no steps whose log directory is temporary."""
+    """Train. --eval_only: evaluate only, as a run of zero steps with a temporary log directory."""
     if args.plan:
         print(*plan.lines(plan.make(args, model_config(args), args.plan)), sep="\n")
         return

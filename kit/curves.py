@@ -85,9 +85,9 @@ def running_mean(values):
 
 
 def thinned(steps, values, log_x):
-    """The ends of a curve, and the lowest and highest point of each 500th of it: it looks the same.
+    """Reduce a curve to its ends and the lowest and highest point of each 500th, which looks the same.
 
-    On a logarithmic axis it would not, so all points are kept.
+    On a logarithmic axis it would not look the same, so all points are kept.
     """
     size = len(values) // 500
     if size < 3 or log_x:

@@ -10,7 +10,7 @@ LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28, "mps": 2**26}
 
 
 def split_ignored(targets):
-    """Which targets (N,) count, as bools (N,), and the targets with 0 in the place of those that don't, (N,).
+    """Two tensors (N,): bools for which targets (N,) count, and the targets with 0 in place of the others.
 
     -100 and -1 don't count: they are F.cross_entropy's default ignore_index and nanoGPT's. Any other
     number that is not an id is an error, which `gather` raises.
@@ -20,7 +20,7 @@ def split_ignored(targets):
 
 
 def mean_of_counted(mean, counts, at_least=0):
-    """The mean over the targets that count, from the mean over all targets, to which the others add 0.
+    """Convert a mean over all targets into the mean over those that count; the others must have added 0.
 
     at_least: the smallest divisor; if it is 0, the mean over no target is nan. If all targets count, the
     result is `mean` itself, not multiplied and divided by N, which could round.

@@ -29,7 +29,7 @@ GPU_HOURS_PER_FAILURE = 50_700  # Llama 3: 419 failures in 54 days on 16,384 GPU
 
 @dataclass
 class Plan:
-    """The counters of a run, from its flags, for a number of GPUs (ranks)."""
+    """What a run needs, computed from its flags, on a number of GPUs (ranks)."""
 
     args: object  # the flags of train_gpt2.py
     model: GPT  # on the meta device
@@ -69,7 +69,7 @@ class Plan:
     def memory(self, device="cuda", sharded=False, micro_batch_size=None):
         """Peak memory of a rank in training, in bytes, by part, without the process itself.
 
-        device: "cuda" (compiled, bf16) or "cpu" (not compiled, fp32). micro_batch_size: not the flag's.
+        device: "cuda" (compiled, bf16) or "cpu" (not compiled, fp32). micro_batch_size: overrides the flag.
         """
         c, args = self.model.config, self.args
         tokens = (micro_batch_size or args.micro_batch_size) * args.sequence_length

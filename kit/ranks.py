@@ -30,7 +30,7 @@ class Ranks:
     """This process among the ranks that torchrun started; without torchrun, the only one.
 
     device: where this rank computes. group: the process group of gradients, the loss and Muon's updates, over
-    NCCL on GPUs. All else travels between CPUs over gloo, so it need not wait for a GPU.
+    NCCL on GPUs. Everything else is exchanged between CPUs over gloo, so it need not wait for a GPU.
     """
 
     def __init__(self, device=None, timeout=600.0):
@@ -214,7 +214,7 @@ class Ranks:
     def first_goes_ahead(self):
         """Run the body on rank 0, then on the first rank of each other machine, then on the rest.
 
-        So what the body prepares is there for all, whether the machines share a disk or not.
+        So all ranks find what the body prepares, whether or not the machines share a disk.
         """
         turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
         for _ in range(turn):

@@ -1,8 +1,8 @@
 """Reference runs of a known recipe: a new run of the same recipe shows early whether its loss is normal.
 
-A reference is the log directory of such a run, stored under results/reference: its log.txt, of which the val
-curve is used, and its run.json, which may be partial: a field that is missing is not compared. The flags in
-kit.recipe.RECIPE, "data_source" and "tokenizer" are compared.
+A reference is a directory under results/reference with the log.txt and the run.json of such a run. Only the
+val curve of log.txt is used. Of run.json, the flags in kit.recipe.RECIPE, "data_source" and "tokenizer" are
+compared; fields that are missing in the reference are not.
 """
 
 import math

@@ -14,8 +14,8 @@ from kit.sharding import is_sharded, whole_copy
 def inference(raw_model, precision):
     """Evaluate the model that this yields, in eval mode and in the precision of training.
 
-    It is raw_model, or a copy without weights after the body, if that is sharded. All ranks must call it.
-    Returns to training mode.
+    That is raw_model; or, if it is sharded, a whole copy, whose weights are freed after the body. All ranks
+    must call this. Returns to training mode.
     """
     model = whole_copy(raw_model).eval()
     try:

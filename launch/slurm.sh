@@ -24,13 +24,13 @@ host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=${PORT:-$((20000 + SLURM_JOB_ID % 10000))}  # another job may share the node
 ranks=${SLURM_GPUS_ON_NODE:-1}
 starts=0 quick=0 warned= step=
-trap 'warned=1; kill -TERM $step' USR1  # srun passes SIGTERM to each torchrun, and that to its ranks
+trap 'warned=1; kill -TERM $step' USR1  # srun passes SIGTERM to each torchrun, which passes it to its ranks
 
-# three failures within ten minutes each: probably a wrong flag, which a new start can't fix. Ten, because
-# a start may take minutes: importing torch from a shared disk, checking the shards
+# stop after three failures in a row, each within ten minutes: probably a wrong flag, which a new start can't
+# fix. Ten minutes, because a start can be slow: importing torch from a shared disk, checking the shards
 while [ -z "$warned" ] && [ $quick -lt 3 ]; do
     starts=$((starts + 1)) SECONDS=0
-    # since Slurm 22.05, srun gives a task one core unless it is told the number again
+    # since Slurm 22.05, srun does not take this number from sbatch, and gives a task one core by default
     srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
         torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$ranks" \
         --rdzv_backend=c10d --rdzv_endpoint="$host:$port" --rdzv_id="$SLURM_JOB_ID.$starts" \
