@@ -1,7 +1,7 @@
 """bench.py: its arms answer and do the same work, and a wrong flag is refused at once. bench_gpu.py."""
 
 import json
-import signal
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -121,23 +121,51 @@ def test_a_gpu_is_measured_with_the_micro_batches_of_real_runs(monkeypatch, giga
     assert bench.train_sizes("cuda") == (tuple((B, 1024) for B in sizes), "bfloat16")
 
 
-def stage(name, tmp_path, code, seconds=60):
-    """The results of a stage that runs `code`."""
-    script, results = tmp_path / "stage.py", {}
-    script.write_text(f"import os, sys, time\nsys.path.insert(0, {str(bench_gpu.ROOT)!r})\nimport bench_gpu\n"
-                      f"def made(args):\n    {code}\n"
-                      f"bench_gpu.{name} = made\nbench_gpu.serve(sys.argv[2])\n")
-    bench_gpu.run_stage(name, Namespace(device="cpu"), seconds, results.update, (sys.executable, script))
-    return results
+STAGE = """
+import os, subprocess, sys, time
+sys.path.insert(0, {root!r})
+import bench_gpu
+
+def card(args):
+    {code}
+
+bench_gpu.card = card
+if "--stage" in sys.argv:
+    bench_gpu.serve(sys.argv[2])
+else:
+    def keep(result):
+        print(bench_gpu.json.dumps(result), flush=True)
+
+    args = bench_gpu.argparse.Namespace(device="cpu")
+    bench_gpu.run_stage("card", args, {seconds}, keep, (sys.executable, __file__))
+"""
 
 
-def test_a_stage_keeps_what_it_has_measured(tmp_path):
+def start_stage(tmp_path, code, seconds=60):
+    """A process that runs a stage with this code, and prints its results."""
+    (tmp_path / "stage.py").write_text(STAGE.format(root=str(bench_gpu.ROOT), code=code, seconds=seconds))
+    return subprocess.Popen([sys.executable, tmp_path / "stage.py"], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("code, seconds, last", [
+    ("os.write(1, b'NCCL INFO\\n'); print('words'); yield dict(a=1); time.sleep(600)", 8, "stopped after 8 s"),
+    ("yield dict(a=1); raise RuntimeError('broken')", 60, "RuntimeError: broken"),
+])
+def test_a_stage_keeps_what_it_has_measured(tmp_path, code, seconds, last):
     """Whatever else is printed is no result, and a stage that is cut off or fails loses nothing."""
-    results = stage("card", tmp_path, "os.write(1, b'NCCL INFO\\n'); print('words'); yield dict(a=1); "
-                                      "time.sleep(60)", seconds=8)
-    assert results == {"a": 1, "unfinished": "stopped after 8 s"}
-    results = stage("card", tmp_path, "yield dict(a=1); raise RuntimeError('broken')")
-    assert results["a"] == 1 and "broken" in results["error"]
+    first, second = map(json.loads, start_stage(tmp_path, code, seconds).communicate()[0].splitlines())
+    assert first == {"a": 1} and last in str(second)
+
+
+def test_a_stage_ends_when_the_command_is_killed(tmp_path):
+    """With all that it has started, although the command can't do anything after SIGKILL."""
+    process = start_stage(tmp_path, "child = subprocess.Popen(['sleep', '600']); yield dict(a=child.pid); "
+                                    "child.wait(); time.sleep(600)")
+    with process:
+        child = Path("/proc", str(json.loads(process.stdout.readline())["a"]))
+        assert child.exists()
+        process.kill()
+    wait_for(lambda: not child.exists())
 
 
 def test_the_result_of_each_gpu_test_is_kept(monkeypatch, tmp_path):
@@ -174,16 +202,15 @@ def test_a_second_call_adds_to_the_results(tmp_path):
     assert "no results of this script" in run_script(*command, "card", check=False).stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_the_plan_for_a_gpu_keeps_its_results_when_it_is_killed(how, tmp_path):
+def test_the_plan_for_a_gpu_keeps_its_results_when_it_is_killed(tmp_path):
     """Killed in its second stage; what that stage had started is gone too."""
     out = tmp_path / "gpu.json"
     process = start_script("bench_gpu.py", "--device", "cpu", "--tiny", "--stages", "card", "profile",
                            "--json", out)
     wait_for_line(process, '"seconds"')  # of the first stage
     started = wait_for(lambda: children(process.pid) and children(children(process.pid)[0]))
-    process.send_signal(how)
-    assert process.wait(30) == {signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
+    process.terminate()
+    assert process.wait(30) == 143
     assert read(out)["card"].keys() == {"matmul_flops", "matmul_shape", "copy_bytes_per_second", "seconds"}
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
 
