@@ -58,8 +58,6 @@ def parse_args(argv=None):
         for path in paths:  # now, not after half an hour of other parts
             if path and not Path(path).is_file():
                 parser.error(f"argument --{flag}: {path}: no such file")
-    if args.json and not Path(args.json).parent.is_dir():
-        parser.error(f"argument --json: {args.json}: its directory does not exist")
     return args
 
 

@@ -43,8 +43,6 @@ def parse_args(argv=None):
     add("--data_dir", default="edu_fineweb10B", metavar="DIR", help="real shards, for the recipe stage")
     add("--tiny", action="store_true", help="a tiny model: tests this command, measures nothing")
     args = parser.parse_args(argv)
-    if not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"argument --json: {args.json}: its directory does not exist")
     import bench
 
     words = [word for peer in args.peer for word in ("--peer", peer)]
@@ -68,7 +66,7 @@ import torch
 import bench
 from kit import loss
 from kit.device import compile_model, machine, memory_of, pick_device, tune
-from kit.files import UserError, atomic_write, run_script
+from kit.files import UserError, atomic_write, check_output, run_script
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------- the stages: each yields results
@@ -351,6 +349,7 @@ def read_results(path):
 
 
 def main(args):
+    check_output("--json", args.json, args.hellaswag_data)
     args.device = pick_device(args.device)
     if args.device not in ("cpu", "cuda"):
         raise UserError(f"--device {args.device}: only cuda is measured; CUDA_VISIBLE_DEVICES selects a GPU")

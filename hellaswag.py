@@ -335,8 +335,6 @@ def print_report(args, examples, results, comparisons):
 
 
 def main(args):
-    if args.json and args.json != "-" and not Path(args.json).parent.is_dir():
-        raise UserError(f"--json {args.json}: its directory does not exist")
     check_output("--json", args.json, args.hellaswag_data, args.model, *(args.compare or ()))
     ranks = Ranks(args.device)
     tune(ranks.device)

@@ -32,11 +32,11 @@ if __name__ == "__main__":
     args = from_command_line(parse_args)
 
 from kit import curves
-from kit.files import run_script
+from kit.files import check_output, run_script
 
 
 def main(args):
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    check_output("--out", args.out)
     curves.draw(args.log_dirs, args.out, args.log_x)
     print(f"wrote {args.out}")
 

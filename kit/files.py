@@ -133,23 +133,27 @@ def retried(call, *args, **kwargs):
 
 
 @contextlib.contextmanager
-def name_in_errors(path):
-    """Add the file's name to an OSError raised in the body: the error of a full disk has none."""
+def name_in_errors(path, temporary=None):
+    """Name this file in an OSError raised in the body that names no file, or its temporary file."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
 
 
 def check_output(flag, path, *inputs):
-    """Raise UserError if the file that a flag names for the output is one of the inputs.
+    """Make the directory of the output file that a flag names. Raises UserError if the file is an input.
 
-    path and inputs may be None; inputs that are not files don't count.
+    path and inputs may be None; inputs that are not files don't count. A path of "-" is stdout.
     """
+    if path in (None, "-"):
+        return
     for source in filter(os.path.isfile, filter(None, inputs)):
-        if path and os.path.exists(path) and os.path.samefile(source, path):
+        if os.path.exists(path) and os.path.samefile(source, path):
             raise UserError(f"{flag} {path} would overwrite the input {source}: name another file")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -158,7 +162,8 @@ def atomic_write(path, mode="w"):
     path = Path(path)
     temporary = temporary_path(path)
     try:
-        with name_in_errors(path), open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with (name_in_errors(path, temporary),
+              open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file):
             yield file
             publish(file, path)
     except BaseException:

@@ -19,7 +19,6 @@ import kit.device
     (["train", "--peer", "nanoGPT=/nowhere"], "--peer"), (["train", "--rounds", "0"], "--rounds"),
     (["sample", "--device", "mps"], "--device"), (["data", "--input", "/nowhere.parquet"], "--input"),
     (["hellaswag", "--hellaswag_data", "/nowhere.jsonl"], "--hellaswag_data"),
-    (["start", "--json", "/nowhere/bench.json"], "--json"),
 ])
 def test_a_wrong_value_of_a_flag_is_refused(flags, word):
     assert_refused(run_here(bench, *flags), word)

@@ -349,13 +349,12 @@ def test_with_json_to_stdout_nothing_else_is_printed(tmp_path, two_models, capsy
 @pytest.mark.parametrize("content, flags, words", [
     ("", [], ["data.jsonl", "no examples"]),
     (None, [], ["data.jsonl"]),
-    ("", ["--json", "/nonexistent/out.json"], ["--json"]),
     (make.ROW, [], ["nothing", "gpt2-xl"]),
     # the row has neither an activity_label nor a split
     (make.ROW, ["--protocol", "both"], ["data.jsonl: example 1", "--protocol", "activity_label"]),
     (make.ROW, ["--by", "split"], ["data.jsonl: example 1", "--by", "split_type"]),
     (make.ROW, ["--compare", "a", "b"], ["--compare", "-m"]),
-], ids=["empty file", "no file", "json", "model", "protocol", "by", "compare"])
+], ids=["empty file", "no file", "model", "protocol", "by", "compare"])
 def test_a_mistake_is_refused(tmp_path, content, flags, words):
     data = tmp_path / "data.jsonl"
     if content is not None:

@@ -6,6 +6,7 @@ from runs import assert_refused, run_here, run_script
 
 import bench
 import hellaswag
+import plot
 import tokenizer
 from kit.files import UserError
 from tokenizer import get_tokenizer, train
@@ -72,6 +73,22 @@ def test_no_command_overwrites_its_input(tmp_path, script, flags):
     process = run_here(script, *(names.get(flag, flag) for flag in flags))
     assert_refused(process, flags[-2], names[flags[-1]], f"would overwrite the input {names['FILE']}")
     assert names["FILE"].read_text() == "some text"
+
+
+def test_the_directory_of_an_output_is_made_or_the_error_names_the_output(tmp_path):
+    (tmp_path / "my.txt").write_text("some text " * 100)
+    out = tmp_path / "new/deeper/tokenizer.json"
+    run_here(tokenizer, "train", "--input", tmp_path / "my.txt", "--vocab_size", 260, "--out", out)
+    assert out.exists()
+    out.unlink(), out.mkdir()
+    process = run_here(tokenizer, "train", "--input", tmp_path / "my.txt", "--out", out)
+    assert_refused(process, str(out)) and ".tmp" not in process.stderr
+    for script, *flags in ((tokenizer, "train", "--input", tmp_path / "my.txt", "--out"),
+                           (bench, "start", "--json"), (plot, tmp_path, "--out"),
+                           (hellaswag, "-m", "gpt2", "--json")):
+        process = run_here(script, *flags, tmp_path / "my.txt/out.png")
+        assert_refused(process, "my.txt")
+        assert ".tmp" not in process.stderr
 
 
 def test_without_network_and_cache_the_error_names_the_remedy(tmp_path):
