@@ -39,7 +39,7 @@ def test_the_blocks_run_in_order(tmp_path, texts, gpt2_tokenizer):
 
 def test_the_readme_is_short_and_names_flags_and_files_that_exist():
     assert len(README.splitlines()) <= 250
-    named = set(re.findall(r"(?<![\w-])--[a-z]\w+", README))
+    named = {f"--{name}" for name in re.findall(r"(?<![\w-])--(?:no-)?([a-z]\w+)", README)}
     others = {"--standalone", "--nproc_per_node", "--index", "--model", "--model_args", "--tasks",  # not ours
               "--eval_only", "--init_from", "--start", "--num_samples"}
     recipe = (ROOT / "kit/recipe.py").read_text() + (ROOT / "kit/flags.py").read_text()
