@@ -3,8 +3,8 @@
     python app.py                       # the newest run among log*
     python app.py -m log_demo --port 7861
 
-It needs `pip install gradio`. Without --host, only this machine can open the page. It runs unchanged as a
-Hugging Face Space, which starts it without flags.
+It needs `pip install "gradio>=6.24,<7"`. Without --host, only this machine can open the page. It runs
+unchanged as a Hugging Face Space, which starts it without flags.
 """
 
 import codecs
@@ -227,7 +227,8 @@ def main(args):
     try:
         importlib.import_module("gradio")
     except ImportError:
-        raise UserError("the page needs gradio, which is not installed: pip install gradio") from None
+        raise UserError("the page needs gradio, which is not installed: "
+                        "pip install 'gradio>=6.24,<7'") from None
     print(f"loading {source}", flush=True)
     model, tokenizer = load_model_and_tokenizer(source, device)
     name = Path(source).name

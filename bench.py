@@ -554,7 +554,7 @@ def bench_data(args):
                     rate = thread.submit(tokenizer_rate, texts).result()
                 fractions.append(size / ours / rate / os.cpu_count())
     yield row(f"data: {size / 1e6:.0f} MB of parquet to shards", "MB/s", rates,
-              {"tutorial (Pool.imap)": ratios}, fractions, notes=["token for token equal"])
+              {"tutorial (Pool.imap)": ratios}, fractions, notes=["identical token ids"])
 
 
 def tokenizer_rate(texts):

@@ -425,7 +425,7 @@ def resolve(source):
         if (path / "best").is_dir():
             remedy = f"{source}/best may still be valid"
         elif others := sorted(path.glob("*.pt")):
-            remedy = f"name a file of another program itself, for example {others[-1]}"
+            remedy = f"to use a checkpoint of another program, name its file, for example {others[-1]}"
         raise UserError(f"{source} contains no valid checkpoint" + "".join(f"; {p}" for p in problems)
                         + f": {remedy}")
     if huggingface.HUB_NAME.fullmatch(str(source)) and not NAME.match(path.name):
@@ -500,7 +500,7 @@ def check_tokenizer(source, tokenizer, data_dir, say):
                         "again with the model's, fineweb_edu.py --tokenizer FILE")
     lacking = ", ".join(token for token in special if token not in ours)
     if lacking:
-        say(f"this run has the tokenizer of {data_dir}, which lacks {lacking} of {source}")
+        say(f"this run uses the tokenizer of {data_dir}; unlike that of {source}, it lacks {lacking}")
 
 
 def load_to_train(args, data, say):
@@ -515,7 +515,8 @@ def load_to_train(args, data, say):
                         f"{model.config.block_size} tokens; use --sequence_length {model.config.block_size}")
     if data.num_tokens > model.config.vocab_size:
         raise UserError(f"--data_dir {args.data_dir}: its tokenizer has {data.num_tokens} ids, "
-                        f"{args.init_from} only {model.config.vocab_size}: prepare the data with the model's")
+                        f"{args.init_from} only {model.config.vocab_size}: prepare the data with the "
+                        "model's tokenizer")
     for name in recipe.MODEL_VARIANTS:
         wanted, found = getattr(args, name), getattr(model.config, name)
         if wanted not in (recipe.VARIANTS[name], found):

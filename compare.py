@@ -45,7 +45,7 @@ def parse_args(argv=None):
     add("arms", nargs="+", metavar="ARM",
         help="a config, or a config and flags in quotes; the first is the baseline (with --speedrun: the "
              "second)")
-    add("--seeds", type=integer(1), default=1, metavar="N", help="runs of each arm, each with another seed")
+    add("--seeds", type=integer(1), default=1, metavar="N", help="runs of each arm, each with its own seed")
     add("--first_seed", type=integer(0), metavar="N",
         help=f"the seeds are N, N + 1, ... (default: {FIRST_SEED}, or after a --sweep {FIRST_SEED + 1})")
     add("--sweep", action="append", default=[], metavar="FLAG=VALUE,...",
@@ -202,7 +202,7 @@ def train(words, log_dir, args):
         lines = output.read_text(encoding="utf-8").strip().splitlines()
         diverged = any("lower --max_lr" in line for line in lines[-30:])
         raise (Diverged if diverged else UserError)(
-            f"{log_dir} ended with status {status}: {''.join(lines[-1:])} (all of it: {output})")
+            f"{log_dir} ended with status {status}: {''.join(lines[-1:])} (full output: {output})")
 
 
 def run(arm, args, **flags):

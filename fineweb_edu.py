@@ -7,8 +7,8 @@
     python fineweb_edu.py --verify data/my                                 # check shards and their manifest
     python fineweb_edu.py --part 3/8                                       # one of 8 machines; then --merge
 
-If a preparation is interrupted, the same command continues after the last complete shard and ends in the same
-bytes. FineWeb-Edu: https://arxiv.org/abs/2406.17557
+If a preparation is interrupted, the same command continues after the last complete shard; the shards are the
+same, byte for byte. FineWeb-Edu: https://arxiv.org/abs/2406.17557
 """
 
 import argparse
@@ -268,7 +268,7 @@ def open_manifest(data_dir, request, batches_by):
         manifest = adapt(data_dir, manifest, request)
     different = differences(manifest, request)
     if different:
-        raise UserError(f"{data_dir} contains shards with another {', '.join(different)}: choose another "
+        raise UserError(f"{data_dir} contains shards with a different {', '.join(different)}: choose another "
                         f"--data_dir, or remove them and {shards.MANIFEST}")
     if not manifest["complete"] and not can_continue:
         raise UserError(f"{data_dir} was started by another version of this program or of pyarrow, or by a "
@@ -378,7 +378,7 @@ def open_writer(data_dir, manifest, tokenizer):
     copy = data_dir / "tokenizer.json"
     if tokenizer != "gpt2" and not (copy.exists() and digest(copy) == digest(tokenizer)):
         if copy.exists():
-            raise UserError(f"{copy} is another tokenizer than {tokenizer}: remove it, or choose another "
+            raise UserError(f"{copy} is not the same tokenizer as {tokenizer}: remove it, or choose another "
                             "--data_dir")
         shutil.copyfile(tokenizer, copy)
     if manifest["shards"]:
@@ -422,7 +422,7 @@ def merge(data_dir, source, tokenizer="gpt2", **settings):
             wanted.pop("skip_null", None)
         different = differences(part, wanted)
         if different:
-            raise UserError(f"{folder} was prepared with another {', '.join(different)}: {SAME_FLAGS}")
+            raise UserError(f"{folder} was prepared with a different {', '.join(different)}: {SAME_FLAGS}")
         shards.open_part(folder, part)  # raises if a shard is missing: better now than hours later
     manifest = open_manifest(data_dir, request, [shards.PARTS, len(parts)])
     if manifest["complete"]:
@@ -454,9 +454,9 @@ def join_sources(parts, source):
         known = {**part["source"], "files": sources.names(part["source"])}
         different = [key for key in source if known.get(key) != source[key]]  # "files", or "dataset", ...
         if different:
-            raise UserError(f"{folder} was prepared from another {', '.join(different)}: {SAME_FLAGS}")
+            raise UserError(f"{folder} was prepared from a different {', '.join(different)}: {SAME_FLAGS}")
         if known != {**first[1]["source"], "files": sources.names(first[1]["source"])}:
-            raise UserError(f"{folder} was prepared from another revision than {first[0]}: remove one of "
+            raise UserError(f"{folder} and {first[0]} were prepared from different revisions: remove one of "
                             "them, and prepare it again with the --revision of the other")
         files = part["source"].get("files")
         if files:

@@ -205,8 +205,8 @@ class DataLoaderLite:
     def micro_batches(self, count, before_each):
         """Deal `count` micro-batches to the ranks in rounds. Yield this rank's, and whether it is the last.
 
-        The last round averages gradients, so it needs all ranks: if `count` is no multiple of their number,
-        the last ranks get none in the first round. before_each: called in every round; it may raise to stop.
+        The last round averages gradients, so it needs all ranks: if `count` is not a multiple of their
+        number, the last ranks get none in the first round. before_each: called each round; may raise to stop.
         """
         rounds = math.ceil(count / self.num_processes)
         for n in range(rounds):
@@ -216,7 +216,7 @@ class DataLoaderLite:
                 yield batch, n == rounds - 1
 
     def prefetch(self):
-        """Read the next micro-batch early. If that fails, next_batch() raises: this step does not need it."""
+        """Read the next micro-batch early. An error is left to next_batch(): this step can do without."""
         first = self.position + self.process_rank * self.B
         with contextlib.suppress(UserError):
             self.prefetched = first, self.batch(first, self.B)
@@ -286,7 +286,7 @@ def open_data(args, ranks):
     if not val_windows:
         raise UserError(f"--val_start {args.val_start}: the val split has only {tokens} tokens")
     if last > val.num_windows:
-        ranks.say(f"validation reads {len(val_windows) * args.sequence_length:,} tokens, to the end of val")
+        ranks.say(f"validation reads {len(val_windows) * args.sequence_length:,} tokens: val has no more")
 
     examples = load_hellaswag(args, ranks) if tokenizer and args.hellaswag_every else None
     if ranks.max(examples is None):  # all ranks evaluate, or none

@@ -45,7 +45,7 @@ def peak_flops(device_name):
 
 
 class NoRandomWeights(TorchFunctionMode):
-    """Modules made in this context skip normal_. On the meta device it imports the compiler, for 1.5 s."""
+    """Modules made in this context skip normal_, which would take 1.5 s on the meta device (an import)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.nn.init.normal_:

@@ -16,7 +16,7 @@ RISE = 1.0  # nats above its minimum at which the smoothed loss has diverged
 def remedy(precision):
     """What helps if a loss, gradient or weight is not finite, as a sentence. precision: the run's."""
     dtype = "" if precision.name == "float32" else " or --dtype float32"
-    return f"Use --resume with --skip_bad_steps{dtype}, or start again with a lower --max_lr"
+    return f"Use --resume with --skip_bad_steps N{dtype}, or start again with a lower --max_lr"
 
 
 def watch_loss(progress, loss, args, num_tokens, ranks):

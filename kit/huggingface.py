@@ -94,7 +94,7 @@ def download(name):
         return Path(snapshot_download(name, allow_patterns=texts + (weights[0] or weights[1])))
     except Exception as error:
         raise UserError(f"{name} can't be downloaded from the Hugging Face hub ({first_line(error)}): repeat "
-                        "the command, which keeps what is complete") from error
+                        "the command; complete files are not downloaded again") from error
 
 
 def tokenizer_of(source):
@@ -149,8 +149,8 @@ def read_gpt2(source):
     # transformers fills in missing tensors with random numbers, and leaves out layers beyond n_layer
     missing = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])} - {"lm_head.weight"})
     if missing:
-        raise UserError(f"{source} lacks {', '.join(missing[:3])}, or has it in another shape: download or "
-                        "export it again")
+        raise UserError(f"{source} lacks {', '.join(missing[:3])}, or has it in a different shape: "
+                        "download or export it again")
     layers = re.compile(r"\bh\.\d+\.(ln_|mlp\.|attn\.c_)")
     extra = sorted(name for name in info["unexpected_keys"] if layers.search(name))
     if extra:

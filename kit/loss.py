@@ -10,7 +10,7 @@ LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28, "mps": 2**26}
 
 
 def split_ignored(targets):
-    """Two tensors (N,): bools for which targets (N,) count, and the targets with 0 in place of the others.
+    """Which of the targets (N,) count, as bools (N,), and the targets with 0 in place of the others.
 
     -100 and -1 don't count: they are F.cross_entropy's default ignore_index and nanoGPT's. Any other
     number that is not an id is an error, which `gather` raises.

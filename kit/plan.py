@@ -116,7 +116,7 @@ def make(args, config, gpus):
 
 
 def model_on_meta(args, config, manifest):
-    """A GPT without values: a GPTConfig's, with the vocabulary of the data if --vocab_size is not given.
+    """The GPT of a GPTConfig, without values. Its vocabulary is the data's if --vocab_size is not given.
 
     manifest: of the data; None if there is none yet.
     """

@@ -383,7 +383,7 @@ def find_shards(data_dir):
         key = shard_key(path.name)
         if key in found:
             raise UserError(f"{found[key]} and {path.name} are {key[0]} shards with the same number, or "
-                            "without one: a directory takes one data set; move one of them elsewhere")
+                            "without one: a directory holds one data set; move one of them elsewhere")
         if key:
             found[key] = path
     return found

@@ -142,7 +142,7 @@ def check_files(files, reader, numbers=None):
     checked = files if numbers is None else [files[number] for number in numbers]
     empty = [reader.is_empty(path) for path in checked if not HUB_ADDRESS.match(path)]
     if all(empty) and len(empty) == len(files):
-        raise UserError(f"{', '.join(files)}: no text in it")
+        raise UserError(f"no text in {', '.join(files)}")
 
 
 def names(source):

@@ -154,7 +154,7 @@ def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(loaded):
 def test_without_gradio_it_names_the_command(tmp_path, small_run):
     (tmp_path / "gradio.py").write_text("raise ImportError")
     process = run_script("app.py", "-m", small_run, check=False, env={"PYTHONPATH": str(tmp_path)})
-    assert_refused(process, "pip install gradio")
+    assert_refused(process, "pip install 'gradio>=6.24,<7'")
 
 
 def test_it_says_what_it_loads_before_it_does(tmp_path, small_run, monkeypatch):

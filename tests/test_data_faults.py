@@ -323,7 +323,7 @@ def test_a_tokenizer_in_the_data_directory_is_used_or_left_alone(tmp_path, learn
     data.mkdir()
     (data / "tokenizer.json").write_text("{}")
     flags = ["--input", source, "--data_dir", data, "--num_proc", 1, "--tokenizer"]
-    assert_refused(run_here(fineweb_edu, *flags, learned), data / "tokenizer.json", "another tokenizer")
+    assert_refused(run_here(fineweb_edu, *flags, learned), data / "tokenizer.json", "not the same tokenizer")
     assert (data / "tokenizer.json").read_text() == "{}"
     shutil.copy(learned, data / "tokenizer.json")
     assert run_here(fineweb_edu, *flags, data / "tokenizer.json").returncode == 0

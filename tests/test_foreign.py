@@ -251,7 +251,7 @@ def test_added_tokens_travel_through_a_fine_tune_and_its_export(tmp_path, learne
     other_bpe.save(str(tmp_path / "other.json"))
     said, other_encoding = [], get_tokenizer(str(tmp_path / "other.json"))
     check_tokenizer(tmp_path / "hf", get_tokenizer(learned), shards, said.append)
-    assert "which lacks [PAD], <user>, <|startoftext|>" in said[0]
+    assert "it lacks [PAD], <user>, <|startoftext|>" in said[0]
     with pytest.raises(UserError, match="not the one of"):
         check_tokenizer(tmp_path / "hf", other_encoding, shards, said.append)
 

@@ -185,7 +185,7 @@ def test_a_merge_does_not_continue_with_other_parts(tmp_path, text, learned):
     flags[1] = tmp_path / "changed"
     prepare_parts(tmp_path / "third", 2, *flags)
     (tmp_path / "third" / "parts").rename(data / "parts")
-    refused(data, *flags, "--merge", words=[data, "another source"])
+    refused(data, *flags, "--merge", words=[data, "a different source"])
     assert contents(data) == before
 
 
@@ -318,7 +318,7 @@ def test_a_part_with_nulls_does_not_ask_for_new_parts_elsewhere(tmp_path, texts,
     prepared(tmp_path / "data", *flags, "--part", "1/2")
     refused(tmp_path / "data", *flags, "--part", "2/2", words=["b.jsonl:10", "--skip_null"])
     prepared(tmp_path / "data", *flags, "--skip_null", "--part", "2/2")
-    refused(tmp_path / "data", *flags, "--merge", words=["2-of-2", "another skip_null"])
+    refused(tmp_path / "data", *flags, "--merge", words=["2-of-2", "a different skip_null"])
     prepared(tmp_path / "data", *flags, "--skip_null", "--merge")
     prepared(tmp_path / "whole" / "data", *flags, "--skip_null")
     assert contents(tmp_path / "data") == contents(tmp_path / "whole" / "data")
@@ -336,7 +336,7 @@ def test_a_file_of_a_part_may_be_repaired_but_no_file_added(tmp_path, texts, lea
     assert len(shard_names(tmp_path / "data" / "parts" / "2-of-2")) == 1
     more = [make.write_jsonl(tmp_path / f"{name}.jsonl", texts[40:44]) for name in "ef"]
     more = ["--input", *files, *more, *flags[5:]]  # c would become a file of part 1
-    refused(tmp_path / "data", *more, "--part", "2/2", words=["2-of-2", "another source"])
+    refused(tmp_path / "data", *more, "--part", "2/2", words=["2-of-2", "a different source"])
     files[3].write_text(complete)
     assert "keeping 1 shard" in prepared(tmp_path / "data", *flags, "--part", "2/2")
     prepared(tmp_path / "data", *flags, "--merge")
@@ -387,14 +387,14 @@ def test_parts_of_a_hub_dataset_have_one_revision(tmp_path, texts, learned):
     serve_and_run(other, "--data_dir", tmp_path / "apart", "--part", "2/2")
     shutil.copytree(tmp_path / "data" / "parts", tmp_path / "apart" / "parts", dirs_exist_ok=True)
     process = run_script(*command, "--data_dir", tmp_path / "apart", "--merge", check=False)
-    assert_refused(process, "2-of-2", "another revision", "--revision")
+    assert_refused(process, "2-of-2", "different revisions", "--revision")
     shutil.copytree(tmp_path / hub.REVISION, tmp_path / other, dirs_exist_ok=True)  # the files, in the cache
     serve_and_run(other, "--data_dir", tmp_path / "data", "--part", "2/2")
     run_script(*command, "--data_dir", tmp_path / "data", "--merge")  # needs no hub
     assert contents(tmp_path / "data") == contents(tmp_path / "whole" / "data")
     assert read_manifest(tmp_path / "data")["source"]["revision"] == hub.REVISION
     wrong = run_script(*command, "--data_dir", tmp_path / "data", "--merge", "--name", "x", check=False)
-    assert_refused(wrong, "1-of-2", "another name")
+    assert_refused(wrong, "1-of-2", "a different name")
 
 
 # ----------------------------------------------------------------------------------------------- by datatrove
