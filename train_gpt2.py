@@ -12,7 +12,7 @@ run; on a CPU the result is bit-identical. Read `train` first; the functions abo
 import argparse
 import os
 
-from kit import recipe
+from kit import flags, recipe
 from kit.flags import MODEL, Parser, from_command_line, integer, integer_or_auto, number, parse_with_configs
 
 
@@ -41,7 +41,7 @@ def parse_args(argv=None):
     add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
         help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32; "
-             "on a CPU with AMX, bfloat16 trains a 124M twice as fast)")
+             f"{flags.bfloat16_on_this_cpu()})")
     add("--compile", action=switch, help="torch.compile the model (default: yes, but not on mps)")
     # the modes with CUDA graphs overwrite the gradient of the previous micro-batch
     add("--compile_mode", choices=("max-autotune-no-cudagraphs",),

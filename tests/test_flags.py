@@ -11,6 +11,7 @@ import hellaswag
 import sample
 import tokenizer
 import train_gpt2
+from kit.flags import bfloat16_on_this_cpu
 from train_gpt2 import parse_args
 
 DEMO = f"@{ROOT}/configs/demo.txt"
@@ -91,6 +92,16 @@ def test_a_tokenizer_needs_a_text(capsys):
     with pytest.raises(SystemExit) as refused:
         tokenizer.parse_args(["train", "--out", "x"])
     assert refused.value.code == 2 and "--input: name the text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("amx_bf16 avx512_bf16", "has AMX"), ("avx512_bf16 avx2", "has AVX-512 BF16"), ("avx2", "emulates"),
+    (None, "on CPUs with AMX"),
+])
+def test_the_help_says_what_bfloat16_brings_on_this_processor(tmp_path, flags, words):
+    if flags:
+        (tmp_path / "cpuinfo").write_text(f"model name\t: X\nflags\t\t: {flags}\n")
+    assert words in bfloat16_on_this_cpu(tmp_path / "cpuinfo")
 
 
 def test_help_shows_defaults_that_say_something(capsys):
