@@ -21,7 +21,9 @@ from tokenizer import train as train_tokenizer
 
 
 def pytest_configure():
-    """Under nohup SIGHUP is ignored, and the runs that tests start would inherit that."""
+    """Undo what the tests' runs would inherit: nohup's ignored SIGHUP, and the user's settings of glibc."""
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.pop(name, None)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

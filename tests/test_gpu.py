@@ -148,6 +148,18 @@ def test_two_ranks_over_nccl(on_device, shards, tmp_path):
 
 
 @two_gpus
+def test_two_ranks_with_a_shard_each(on_device, shards, tmp_path):
+    """FSDP over NCCL, with an evaluation, a save and a resume on one GPU without it."""
+    flags = "--micro_batch_size", 2
+    figures, _ = run(shards, tmp_path / "log", *flags, "--shard", launcher=("torchrun", 2))
+    assert_same_losses(figures, on_device[1])
+    shutil.rmtree(tmp_path / "log" / "ckpt_000012")
+    figures, words = run(shards, tmp_path / "log", *flags, "--resume")
+    assert "ckpt_000008 at step 8" in words
+    assert_same_losses(figures, on_device[1])
+
+
+@two_gpus
 @pytest.mark.parametrize("act, timeout", [("kill", 600), ("hang", 15)])
 def test_a_rank_lost_over_nccl_ends_the_other_with_the_reason(shards, tmp_path, act, timeout):
     flags = flags_of(shards, tmp_path / "log", "--device", DEVICE, "--no-compile", "--micro_batch_size", 2,
