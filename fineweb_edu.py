@@ -268,8 +268,8 @@ def open_manifest(data_dir, request, batches_by):
         manifest = adapt(data_dir, manifest, request)
     different = differences(manifest, request)
     if different:
-        raise UserError(f"{data_dir} contains shards with a different {', '.join(different)}: choose another "
-                        f"--data_dir, or remove them and {shards.MANIFEST}")
+        raise UserError(f"{data_dir} contains shards made with different settings ({', '.join(different)}): "
+                        f"choose another --data_dir, or remove them and {shards.MANIFEST}")
     if not manifest["complete"] and not can_continue:
         raise UserError(f"{data_dir} was started by another version of this program or of pyarrow, or by a "
                         f"--merge of other parts, and can't be continued: remove its shards and "
@@ -422,7 +422,8 @@ def merge(data_dir, source, tokenizer="gpt2", **settings):
             wanted.pop("skip_null", None)
         different = differences(part, wanted)
         if different:
-            raise UserError(f"{folder} was prepared with a different {', '.join(different)}: {SAME_FLAGS}")
+            raise UserError(f"{folder} was prepared with different settings ({', '.join(different)}): "
+                            f"{SAME_FLAGS}")
         shards.open_part(folder, part)  # raises if a shard is missing: better now than hours later
     manifest = open_manifest(data_dir, request, [shards.PARTS, len(parts)])
     if manifest["complete"]:
@@ -454,7 +455,8 @@ def join_sources(parts, source):
         known = {**part["source"], "files": sources.names(part["source"])}
         different = [key for key in source if known.get(key) != source[key]]  # "files", or "dataset", ...
         if different:
-            raise UserError(f"{folder} was prepared from a different {', '.join(different)}: {SAME_FLAGS}")
+            raise UserError(f"{folder} was prepared from different input ({', '.join(different)}): "
+                            f"{SAME_FLAGS}")
         if known != {**first[1]["source"], "files": sources.names(first[1]["source"])}:
             raise UserError(f"{folder} and {first[0]} were prepared from different revisions: remove one of "
                             "them, and prepare it again with the --revision of the other")
