@@ -187,7 +187,7 @@ def draw_legend(axes, stream, runs):
     if lines_in(stream, runs):
         lines["published by OpenAI"] = dict(linewidth=1, linestyle=(0, (5, 3)))
     axes.legend([Line2D([], [], color=GREY, **style) for style in lines.values()], list(lines),
-                loc="upper right" if axes.get_xscale() == "linear" else "lower left",  # off a falling curve
+                loc="best",  # where it covers least
                 facecolor="white", edgecolor="none", framealpha=0.8)
 
 

@@ -245,6 +245,16 @@ def test_every_run_in_the_legend_is_drawn(tmp_path):
             pictures.picture([run, other])
 
 
+@pytest.mark.parametrize("values", [[9, 3, 4, 6, 9], [9, 8, 5, 4, 3]], ids=["rises", "falls"])
+def test_the_legend_does_not_cover_the_curve(tmp_path, values):
+    figure = pictures.picture([write_run(tmp_path / "log", steps=5, val=values)])
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    box = axes.get_legend().get_window_extent()
+    line = axes.get_lines()[0]
+    assert not any(box.contains(*point) for point in axes.transData.transform(line.get_xydata()[1:]))
+
+
 @pytest.mark.parametrize("streams, entries", [
     (("train", "val"), ["train", "validation"]), (("train",), ["train"]), (("val",), ["validation"]),
 ])
