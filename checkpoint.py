@@ -578,7 +578,8 @@ def show(directory, verify):
         try:
             meta = read_meta(path, digests=verify)
             size = sum(file["bytes"] for file in meta["files"].values()) / 1e6
-            loss = "not evaluated" if meta.get("val_loss") is None else f"val loss {meta['val_loss']:.4f}"
+            known = meta.get("val_loss")  # perhaps of an earlier step
+            loss = "not evaluated" if known is None else f"latest val loss {known:.4f}"
             verified = ", verified" if verify else ""
             print(f"{path}: step {meta['step']}, {loss}, {size:,.1f} MB{verified}")
         except (DamagedCheckpoint, OSError) as error:  # OSError: a running job may have just removed it

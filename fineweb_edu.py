@@ -498,7 +498,7 @@ def demo_is_prepared(data_dir):
     """Whether a directory contains the whole demo data, of any version of Python. Raises UserError."""
     manifest = shards.read_manifest(data_dir)
     if manifest and manifest["source"].keys() != sources.PYTHON_DOCS.keys():
-        raise UserError(f"--data_dir {data_dir} contains other data: omit --demo_data, or name another one")
+        raise UserError(f"{data_dir} contains other data: use --no-demo_data or another --data_dir")
     return bool(manifest and manifest["complete"])
 
 

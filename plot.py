@@ -36,7 +36,8 @@ from kit.files import check_output, run_script
 
 
 def main(args):
-    check_output("--out", args.out)
+    if args.out.parent != Path(args.log_dirs[0]):  # a misspelled log directory must not be made
+        check_output("--out", args.out)
     curves.draw(args.log_dirs, args.out, args.log_x)
     print(f"wrote {args.out}")
 

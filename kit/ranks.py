@@ -264,6 +264,9 @@ class StopSignal:
             raise KeyboardInterrupt
         if not self.number:
             self.number, self.received_at = number, time.monotonic()
+            if self.ranks.is_first:
+                with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
+                    os.write(2, b"\nstopping after this micro-batch; Ctrl-C after 3 s ends at once\n")
 
     def check(self):
         """Raise StopRequested if any rank has received a signal. All ranks must call it equally often."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import shlex
 import sys
 import threading
@@ -122,7 +123,8 @@ class Report:
         if progress.val_loss is not None:
             losses.append(f"validation loss {progress.val_loss:.4f}")
         say("finished" + ": " * bool(losses) + ", ".join(losses))
-        saved = [*log_dir.glob("best"), *sorted(log_dir.glob("ckpt_*"))]
+        best = [*log_dir.glob("best")]
+        saved = [*best, *sorted(log_dir.glob("ckpt_*"))]
         for what, path in (("model", saved and saved[-1]), ("curves", log_dir / "curves.png"),
                            ("numbers", log_dir / "log.txt")):
             if path and path.exists():
@@ -131,8 +133,13 @@ class Report:
             say("  the model was not saved, because --save_every and --val_every are 0")
             return
         model = shlex.quote(str(log_dir))
+        if best and progress.val_loss is not None and progress.val_loss > progress.best_val + 0.01:
+            say(f"  best:    {best[0]}, validation loss {progress.best_val:.4f}: the loss rose after it")
+            model = shlex.quote(str(best[0]))
         if data.tokenizer:
-            say(f"next: python sample.py -m {model} -p {shlex.quote(self.args.sample_prompt)}")
+            prompt = self.args.sample_prompt
+            prompt = shlex.quote(prompt) if re.search(r'["$`\\!\n]', prompt) else f'"{prompt}"'
+            say(f"next: python sample.py -m {model} -p {prompt}")
         if data.examples:
             file = self.args.hellaswag_data
             file = f" --hellaswag_data {shlex.quote(file)}" if file else ""
@@ -179,8 +186,8 @@ def explain_errors(timeout):
         yield
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            raise UserError("out of memory: halve --micro_batch_size (the batches stay the same), or train a "
-                            "smaller model") from error
+            raise UserError("out of memory: use a smaller --micro_batch_size, if it is above 1 (the batches "
+                            "stay the same), --checkpoint_activations or a smaller model") from error
         explanation = explain_failed_exchange(error, timeout)
         if explanation is None:
             raise

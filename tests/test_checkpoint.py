@@ -133,7 +133,8 @@ def test_list_and_verify_show_steps_losses_sizes_and_damage(tmp_path, capsys):
 
     lines = shown("list")
     assert [line + ", verified" for line in lines] == shown("verify") and len(lines) == 3
-    expected = ("000005: step 5, val loss 5.2500, ", "000010: step 10, not evaluated, ", "best: step 5, ")
+    expected = ("000005: step 5, latest val loss 5.2500, ", "000010: step 10, not evaluated, ",
+                "best: step 5, ")
     for line, words in zip(lines, expected):
         assert words in line and line.endswith(" MB")
     assert shown("list", tmp_path / "best") == lines[2:]

@@ -390,6 +390,7 @@ def test_the_command_draws_and_refuses(tmp_path, monkeypatch):
     assert_refused(run_here(plot, one, "--out", "curves.pdf"), "curves.pdf", ".svg")
     assert_refused(run_here(plot, *[one] * 8), "8 runs")
     assert_refused(run_here(plot, tmp_path / "none"), tmp_path / "none", "log.txt")
+    assert not (tmp_path / "none").exists()
 
 
 def test_plotting_needs_no_torch_and_names_matplotlib(tmp_path, monkeypatch):

@@ -56,6 +56,16 @@ def test_the_summary_names_losses_and_places(shards, tmp_path, capsys):
         assert re.search(rf"^  \w+: +{re.escape(str(tmp_path / 'log' / name))}$", out, re.M), name
 
 
+def test_the_summary_names_the_best_model_if_the_loss_rose_after_it(shards, tmp_path, capsys, monkeypatch):
+    losses = iter([5.0, 3.0, 4.0, 4.5])
+    monkeypatch.setattr(train_gpt2.Validation, "loss", lambda *_, **__: next(losses))
+    train(shards, tmp_path / "log")
+    out = capsys.readouterr().out
+    best = tmp_path / "log" / "best"
+    assert f"best:    {best}, validation loss 3.0000: the loss rose after it" in out
+    assert f'next: python sample.py -m {best} -p "' in out
+
+
 def test_many_epochs_are_said_with_the_steps_of_one(shards, tmp_path, capsys):
     flags = ["--total_batch_size", 2**14, "--micro_batch_size", 512, "--val_every", 0, "--warmup_steps", 0]
     train(shards, tmp_path / "log", *flags, "--max_steps", 2)
@@ -87,7 +97,7 @@ def test_memory_that_does_not_suffice_is_one_line(shards, tmp_path, monkeypatch,
     monkeypatch.setattr(GPT, "forward", forward)
     monkeypatch.setattr(train_gpt2, "compile_model", lambda model, *_: model)
     process = run_here(train_gpt2, *flags_of(shards, tmp_path / "log", "--val_every", 0, compiling))
-    assert_refused(process, "out of memory: halve --micro_batch_size")
+    assert_refused(process, "out of memory: use a smaller --micro_batch_size")
     assert ("compiling: a minute or more" in process.stdout) == (compiling == "--compile")
 
 

@@ -55,6 +55,7 @@ def test_a_stop_signal_saves_and_exits(shards, whole, tmp_path, number, after):
         process.send_signal(number)
     rest = process.stdout.read()
     assert process.wait() == 128 + number, rest
+    assert "stopping after this micro-batch" in rest
     step = int(re.search(r"stopped by SIG\w+ before step (\d+)", rest)[1])
     assert step > after and names_of(tmp_path / "log")[0] == f"ckpt_{step:06d}"
     train(shards, tmp_path / "log", "--resume")
