@@ -1,7 +1,7 @@
 """app.py: the HTML that it writes; and with -m browser, its page in a headless Chromium.
 
     pip install gradio playwright && python -m pytest -m browser               # with the system's Chromium
-    APP_SCREENSHOT=assets/app.png python -m pytest -m browser -k screenshot    # of the model in log_demo/
+    APP_SCREENSHOT=assets/app.png python -m pytest -m browser -k screenshot    # of log_modern_demo/
 """
 
 import contextlib
@@ -426,9 +426,9 @@ def test_browser_a_space_starts_it_without_flags(browser, small_run):
 def test_browser_screenshot(browser):
     if "APP_SCREENSHOT" not in os.environ:
         pytest.skip("APP_SCREENSHOT names no file to write")
-    with started("-m", "log_demo") as port, browser.new_page(viewport=dict(width=1100, height=860)) as page:
+    with started("-m", "log_modern_demo") as port, browser.new_page(viewport=dict(width=1100, height=860)) as page:
         page.goto(f"http://127.0.0.1:{port}")
-        generate(page, "Return the", Temperature=0.5, Seed=7)
+        generate(page, "Return the", Temperature=0.5, Seed=6)
         time.sleep(5)  # until it has written enough
         page.locator(".token").nth(page.locator(".token").count() // 5).hover()
         Path(os.environ["APP_SCREENSHOT"]).parent.mkdir(parents=True, exist_ok=True)
