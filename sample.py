@@ -139,7 +139,7 @@ def typed_prompts(name, settings, generator):
         except KeyboardInterrupt:  # discards the line, as in a shell
             print()
             continue
-        if line in ("exit", "quit", "/exit", "/quit"):
+        if line.strip() in ("exit", "quit", "/exit", "/quit"):
             return
         if line.startswith("/"):
             print(change(settings, generator, *line[1:].partition(" ")[::2]))

@@ -6,6 +6,7 @@ Importing this file does not import transformers.
 """
 
 import functools
+import json
 import re
 import shutil
 import sys
@@ -34,7 +35,7 @@ A GPT-2{variants} of {parameters:,} parameters: {n_layer} layers, {n_head} heads
 from transformers import pipeline
 
 generate = pipeline("text-generation", "{name}")
-print(generate("Hello, I'm a language model,", max_new_tokens=50)[0]["generated_text"])
+print(generate({prompt}, max_new_tokens=50)[0]["generated_text"])
 ```
 
 | training | |
@@ -273,10 +274,10 @@ def model_card(model, name, source, meta=None, log_dir=None):
     from huggingface_hub import EvalResult, ModelCardData
 
     origin = Path(source).name if Path(source).exists() else source
-    rows, data, evaluations = [("weights from", origin)], {}, None
+    rows, data, evaluations, prompt = [("weights from", origin)], {}, None, None
     if meta:
         record, settings = read_record(log_dir), meta.get("identity", {})
-        data = dict(record["data_source"])
+        data, prompt = dict(record["data_source"]), record["flags"].get("sample_prompt")
         if "dataset" in data and Path(data["dataset"]).exists():  # a local one
             data["files of"] = Path(data.pop("dataset")).name
         rows = [("steps", f"{meta['step']:,}")]
@@ -307,6 +308,7 @@ def model_card(model, name, source, meta=None, log_dir=None):
     beyond = variants.beyond_gpt2(c).values()
     return CARD.format(
         variants=f" with {', '.join(beyond)}" if beyond else "",
+        prompt=json.dumps(prompt or "Hello, I'm a language model,", ensure_ascii=False),  # valid Python
         front_matter=front_matter.to_yaml(), name=name, parameters=parameters, n_layer=c.n_layer,
         n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size, num_tokens=c.num_tokens,
         training="\n".join(f"| {what} | {table_cell(value)} |" for what, value in rows))

@@ -61,7 +61,7 @@ class Report:
                      f"{ranks.world_size} ranks"
                      if remainder else
                      f"{count(ranks.world_size, 'rank')} x {count(each, 'micro-batch', 'es')}"))
-        seen = f"{epochs:,.2f}" if epochs >= 0.01 else "less than 0.01"
+        seen = f"{epochs:,.{2 if epochs < 100 else 0}f}" if epochs >= 0.01 else "less than 0.01"
         ranks.say(f"{count(args.max_steps, 'step')}, {seen} epochs")
         if not (args.val_every or args.save_every or args.keep_every):
             ranks.say("warning: --save_every and --val_every are 0: this run will not save its model")

@@ -426,7 +426,8 @@ def test_browser_a_space_starts_it_without_flags(browser, small_run):
 def test_browser_screenshot(browser):
     if "APP_SCREENSHOT" not in os.environ:
         pytest.skip("APP_SCREENSHOT names no file to write")
-    with started("-m", "log_modern_demo") as port, browser.new_page(viewport=dict(width=1100, height=860)) as page:
+    size = dict(width=1100, height=860)
+    with started("-m", "log_modern_demo") as port, browser.new_page(viewport=size) as page:
         page.goto(f"http://127.0.0.1:{port}")
         generate(page, "Return the", Temperature=0.5, Seed=6)
         time.sleep(5)  # until it has written enough

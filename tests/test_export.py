@@ -159,6 +159,9 @@ def test_a_model_card_counts_many_files_and_holds_no_path(small_run, tmp_path):
     card = model_card(model, "my_gpt2", tmp_path)
     assert f"| weights from | {tmp_path.name} |" in card and str(tmp_path) not in card
     assert "| weights from | someone/tiny-gpt2 |" in model_card(model, "my_gpt2", "someone/tiny-gpt2")
-    (tmp_path / "run.json").write_text(json.dumps({"data_source": {"dataset": str(tmp_path)}}))
+    assert 'generate("Hello, I\'m a language model,"' in card
+    record = {"data_source": {"dataset": str(tmp_path)}, "flags": {"sample_prompt": 'He said "no"'}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
     card = model_card(model, "my_gpt2", small_run, {"step": 3}, tmp_path)
     assert str(tmp_path) not in card and f"| files of | {tmp_path.name} |" in card
+    assert r'generate("He said \"no\""' in card

@@ -125,7 +125,7 @@ def test_prompts_are_typed_on_a_terminal_when_none_is_given(small_run):
     terminal, stdin = pty.openpty()
     command = [sys.executable, "sample.py", "-m", small_run, "-d", "cpu", "--max_new_tokens", "5"]
     process = subprocess.Popen(command, cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, text=True)
-    os.write(terminal, b"The first\n\nThe second\nexit\n")  # the empty line does nothing
+    os.write(terminal, b"The first\n\nThe second\nexit \n")  # the empty line does nothing
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and out.count("prompt> ") == 4
     assert out.index("prompt> The first") < out.index("prompt> The second")
