@@ -372,5 +372,6 @@ def save(out, make_figure, *args):
 
     with matplotlib.rc_context(STYLE):
         figure = make_figure(*args)
+        Path(out).parent.mkdir(parents=True, exist_ok=True)  # not before the runs are found
         with atomic_write(out, "wb") as file:
             figure.savefig(file, format=Path(out).suffix[1:], metadata={"Date": None})

@@ -297,7 +297,7 @@ def test_split_on_separates_the_documents_of_a_txt(tmp_path, learned):
     process = prepare(learned, *flags, tmp_path / "plain")
     assert f"{MARK} was read as plain text 3 times; --split_on '{MARK}'" in process.stdout
     assert shards.read_manifest(tmp_path / "out")["split_on"] == MARK
-    assert_refused(prepare(learned, *flags, tmp_path / "out"), "different settings", "split_on")
+    assert_refused(prepare(learned, *flags, tmp_path / "out"), "different settings (split_on)")
     process = prepare(learned, *flags, tmp_path / "nowhere", "--split_on", "\\n\\n")
     assert "occurs nowhere: each .txt is one document" in process.stdout
     process = prepare(learned, "--input", rows, "--data_dir", tmp_path / "x", "--split_on", MARK)
@@ -511,7 +511,8 @@ def test_only_shards_of_unchanged_files_are_kept(tmp_path, learned, damaged):
     prepare(learned, "--input", *paths, *flags, tmp_path / "data")
     before = contents_of(tmp_path / "data")
     write(paths[0], "\n" + paths[0].read_text())
-    assert_refused(prepare(learned, "--input", *paths, *flags, tmp_path / "data"), "different", "source")
+    process = prepare(learned, "--input", *paths, *flags, tmp_path / "data")
+    assert_refused(process, "different settings (source)")
     assert contents_of(tmp_path / "data") == before
 
 
@@ -525,7 +526,7 @@ def test_skip_null_can_be_added_to_continue(tmp_path, learned, texts, faults):
     assert "continuing after" in process.stdout and "1 row left out" in process.stdout
     prepare(learned, *flags, tmp_path / "y" / "data", "--skip_null")
     assert contents_of(tmp_path / "x" / "data") == contents_of(tmp_path / "y" / "data")
-    assert_refused(prepare(learned, *flags, tmp_path / "x" / "data"), "different settings", "skip_null")
+    assert_refused(prepare(learned, *flags, tmp_path / "x" / "data"), "different settings (skip_null)")
 
 
 def test_what_an_older_version_began_is_continued(tmp_path, learned, texts, faults):

@@ -185,7 +185,7 @@ def test_a_merge_does_not_continue_with_other_parts(tmp_path, text, learned):
     flags[1] = tmp_path / "changed"
     prepare_parts(tmp_path / "third", 2, *flags)
     (tmp_path / "third" / "parts").rename(data / "parts")
-    refused(data, *flags, "--merge", words=[data, "different", "source"])
+    refused(data, *flags, "--merge", words=[data, "different settings (source)"])
     assert contents(data) == before
 
 
@@ -198,13 +198,13 @@ def two_parts(text, learned, tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--shard_size", 3_001], ["1-of-2", "different", "shard_size", "--merge"]),
-    (["--val_size", 3_000], ["different", "val_tokens_asked"]),
-    (["--format", "bin"], ["different", "file_format"]),
-    (["--split_on", "x"], ["different", "split_on"]),
-    (["--text_column", "n"], ["different", "text_column"]),
-    (["--tokenizer", "other.json"], ["different", "tokenizer"]),
-    (["--input", "f.txt"], ["1-of-2", "different", "files"]),
+    (["--shard_size", 3_001], ["1-of-2", "different settings (shard_size)", "--merge"]),
+    (["--val_size", 3_000], ["different settings (val_tokens_asked)"]),
+    (["--format", "bin"], ["different settings (file_format)"]),
+    (["--split_on", "x"], ["different settings (split_on)"]),
+    (["--text_column", "n"], ["different settings (text_column)"]),
+    (["--tokenizer", "other.json"], ["different settings (tokenizer)"]),
+    (["--input", "f.txt"], ["1-of-2", "different input (files)"]),
 ])
 def test_a_merge_needs_the_flags_of_the_parts(tmp_path, text, texts, learned, two_parts, flags, words,
                                               monkeypatch):
@@ -250,10 +250,10 @@ def change_part(folder, change, tmp_path, text, flags):
     ("incomplete", ["parts: missing or not complete: 2/2;", "--part 2/2"]),
     ("damaged", ["2-of-2_train_000001.npy", "has changed"]),
     ("a shard less", ["2-of-2_train_000001.npy", "missing"]),
-    ("another's", ["2-of-2", "different", "part"]),
+    ("another's", ["2-of-2", "different settings (part)"]),
     ("of three", ["parts of 2 and of 3", "remove those"]),
-    ("other input", ["2-of-2", "different", "files"]),
-    ("other flags", ["2-of-2", "different", "val_tokens_asked"]),
+    ("other input", ["2-of-2", "different input (files)"]),
+    ("other flags", ["2-of-2", "different settings (val_tokens_asked)"]),
 ])
 def test_a_part_that_does_not_fit_is_named(tmp_path, text, learned, two_parts, change, words):
     flags = flags_of(text, learned, "--shard_size", 3_000)
@@ -318,7 +318,7 @@ def test_a_part_with_nulls_does_not_ask_for_new_parts_elsewhere(tmp_path, texts,
     prepared(tmp_path / "data", *flags, "--part", "1/2")
     refused(tmp_path / "data", *flags, "--part", "2/2", words=["b.jsonl:10", "--skip_null"])
     prepared(tmp_path / "data", *flags, "--skip_null", "--part", "2/2")
-    refused(tmp_path / "data", *flags, "--merge", words=["2-of-2", "different", "skip_null"])
+    refused(tmp_path / "data", *flags, "--merge", words=["2-of-2", "different settings (skip_null)"])
     prepared(tmp_path / "data", *flags, "--skip_null", "--merge")
     prepared(tmp_path / "whole" / "data", *flags, "--skip_null")
     assert contents(tmp_path / "data") == contents(tmp_path / "whole" / "data")
@@ -336,7 +336,7 @@ def test_a_file_of_a_part_may_be_repaired_but_no_file_added(tmp_path, texts, lea
     assert len(shard_names(tmp_path / "data" / "parts" / "2-of-2")) == 1
     more = [make.write_jsonl(tmp_path / f"{name}.jsonl", texts[40:44]) for name in "ef"]
     more = ["--input", *files, *more, *flags[5:]]  # c would become a file of part 1
-    refused(tmp_path / "data", *more, "--part", "2/2", words=["2-of-2", "different", "source"])
+    refused(tmp_path / "data", *more, "--part", "2/2", words=["2-of-2", "different settings (source)"])
     files[3].write_text(complete)
     assert "keeping 1 shard" in prepared(tmp_path / "data", *flags, "--part", "2/2")
     prepared(tmp_path / "data", *flags, "--merge")
@@ -394,7 +394,7 @@ def test_parts_of_a_hub_dataset_have_one_revision(tmp_path, texts, learned):
     assert contents(tmp_path / "data") == contents(tmp_path / "whole" / "data")
     assert read_manifest(tmp_path / "data")["source"]["revision"] == hub.REVISION
     wrong = run_script(*command, "--data_dir", tmp_path / "data", "--merge", "--name", "x", check=False)
-    assert_refused(wrong, "1-of-2", "different", "name")
+    assert_refused(wrong, "1-of-2", "different input (name)")
 
 
 # ----------------------------------------------------------------------------------------------- by datatrove

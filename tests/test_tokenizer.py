@@ -77,12 +77,14 @@ def test_no_command_overwrites_its_input(tmp_path, script, flags):
 
 def test_the_directory_of_an_output_is_made_or_the_error_names_the_output(tmp_path):
     (tmp_path / "my.txt").write_text("some text " * 100)
+    (tmp_path / "log.txt").write_text("0 train 3.0\n1 train 2.0\n")
     out = tmp_path / "new/deeper/tokenizer.json"
     run_here(tokenizer, "train", "--input", tmp_path / "my.txt", "--vocab_size", 260, "--out", out)
     assert out.exists()
     out.unlink(), out.mkdir()
     process = run_here(tokenizer, "train", "--input", tmp_path / "my.txt", "--out", out)
-    assert_refused(process, str(out)) and ".tmp" not in process.stderr
+    assert_refused(process, str(out))
+    assert ".tmp" not in process.stderr
     for script, *flags in ((tokenizer, "train", "--input", tmp_path / "my.txt", "--out"),
                            (bench, "start", "--json"), (plot, tmp_path, "--out"),
                            (hellaswag, "-m", "gpt2", "--json")):
