@@ -4,14 +4,14 @@
     python bench.py train --peer nanoGPT=../nanoGPT --peer build-nanogpt=../build-nanogpt
     python bench.py all --json bench.json
 
-Each measured program (an "arm") runs in its own process, so that no setting of one affects another. The arms
-take turns, because a machine's speed drifts: in a round, this project (A) and a peer (B) do one unit of work
-each, and the limit (L) is measured before and after A: L A L B L A L B ... A ratio is the median over the
-rounds, with its range. The model is the 124M with random weights, which take as long as trained ones.
+Each measured program (an "arm") runs in its own process, so that no setting of one affects another. On a CPU
+the arms take turns, because a machine's speed drifts: in a round, this project (A) and a peer (B) do one unit
+of work each, and the limit (L) is measured before and after A: L A L B L A L B ... A ratio is the median over
+the rounds, with its range. The model is the 124M with random weights, which take as long as trained ones.
 
-The limits are measured in the same rounds. Training and HellaSwag: the fastest known matmuls of the model's
-own shapes, where training's FLOPs count causal attention and HellaSwag's no attention. Sampling: the matmuls
-alone, with as many rows as are sampled. Data: one thread of the tokenizer times the number of cores.
+The limits of training and HellaSwag: the fastest known matmuls of the model's own shapes, where training's
+FLOPs count causal attention and HellaSwag's no attention. Of sampling: the matmuls alone, with as many rows
+as are sampled. Of data: one thread of the tokenizer times the number of cores.
 """
 
 import json
@@ -122,7 +122,7 @@ def autocast(device, dtype):
 
 
 def train_arm(name, device, B, T, dtype, directory=None):
-    """A unit is an optimizer step on `passes` micro-batches of B x T tokens; its time is that of one."""
+    """A unit is an optimizer step on `passes` micro-batches of B x T tokens; its time is per micro-batch."""
     import torch
 
     from kit.device import compile_model, tune
@@ -136,7 +136,7 @@ def train_arm(name, device, B, T, dtype, directory=None):
         model = compile_model(model, device) if name == "ours" else torch.compile(model)
     generator = torch.Generator().manual_seed(0)
 
-    passes = 16 if device == "cuda" else 1  # on a GPU as in a real run, and long enough for a steady clock
+    passes = 16 if device == "cuda" else 1  # on a GPU as many as in a real run: steadier timing, too
 
     def unit(number):
         tokens = torch.randint(50257, (B, T + 1), generator=generator).to(device)

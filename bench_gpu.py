@@ -301,7 +301,7 @@ def recipe(args):
 
 
 def end_group(group, grace=3):
-    """End a process group: SIGTERM, because torchrun then ends its ranks, which are no members; SIGKILL."""
+    """End a process group by SIGTERM, so that torchrun ends its ranks, which are not in it; then SIGKILL."""
     with contextlib.suppress(ProcessLookupError):
         if grace:
             os.killpg(group, signal.SIGTERM)
@@ -340,7 +340,7 @@ def run_stage(name, args, seconds, keep, command=(sys.executable, __file__)):
 
 
 def read_results(path):
-    """The results of an earlier call. Raises UserError if the file is not such a file."""
+    """The results of an earlier call. Raises UserError if the file has none."""
     try:
         results = json.loads(Path(path).read_text())
         return dict(device=results["device"], stages=dict(results["stages"]))
@@ -402,7 +402,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--arm"]:
         run_script(lambda request: bench.arm(**json.loads(request)), sys.argv[2])
     elif sys.argv[1:2] == ["--stage"]:
-        signal.signal(signal.SIGTERM, lambda *_: None)  # is meant for what the stage has started
+        signal.signal(signal.SIGTERM, lambda *_: None)  # it is meant for the processes that the stage started
         run_script(serve, sys.argv[2])
     else:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -74,7 +74,7 @@ from tokenizer import END_OF_TEXT, get_tokenizer, ordinary_tokens, special_token
 FORMAT = "gpt2 checkpoint, version 1"
 NAME = re.compile(r"ckpt_(\d{6,})$")
 
-# the temporary names of a run's files and directories, which a crash leaves behind (digits: `discard`)
+# the temporary names of a run's files and directories, which a crash leaves behind (digits only: `discard`)
 LEFTOVER = re.compile(r"\.(\d+|(ckpt_\d+|best)(\.old)?|log\.txt|run\.json|profile\.txt|curves\.png|"
                       r"source_\w+\.zip)\.tmp")
 

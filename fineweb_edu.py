@@ -252,8 +252,8 @@ def differences(manifest, request):
 def open_manifest(data_dir, request, batches_by):
     """The manifest of data_dir, complete or to be continued, or a new one.
 
-    request: the values that it must have. batches_by: what determines the batches that "next" counts: they
-    must be the same when a preparation is continued. Raises UserError if data_dir contains other shards.
+    request: the values that it must have. batches_by: what determines how texts are cut into batches, which
+    "next" counts: it must not change in between. Raises UserError if data_dir contains other shards.
     """
     manifest = shards.read_manifest(data_dir)
     if manifest is None:

@@ -160,7 +160,7 @@ def build_encoding(name, spec):
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     joined = ["".join(pair) for pair in pairs]
     made = {*byte_symbols(), *joined}
-    for token in spec["added_tokens"]:  # here, plain text never becomes one, and spaces beside it stay
+    for token in spec["added_tokens"]:  # never made from plain text here; spaces beside it stay
         odd = next((flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)), None)
         if odd or not token.get("special", True):
             raise ValueError(f"its added token {token['content']!r} " + (

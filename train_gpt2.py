@@ -216,7 +216,7 @@ class DataLoaderLite:
                 yield batch, n == rounds - 1
 
     def prefetch(self):
-        """Read the next micro-batch early. An error is left to next_batch(): this step can do without."""
+        """Read the next micro-batch early. An error is left to next_batch(): perhaps no step needs it."""
         first = self.position + self.process_rank * self.B
         with contextlib.suppress(UserError):
             self.prefetched = first, self.batch(first, self.B)

@@ -13,7 +13,7 @@ class Background:
     def __init__(self, on):
         """on: whether there is a thread. Without one, `submit` does the job itself."""
         self.on, self.jobs = on, []
-        if on:  # a thread that draws may keep the interpreter for 0.1 ms, not 5, while training waits for it
+        if on:  # a thread that draws may hold the GIL for 0.1 ms, not 5, while training waits for it
             sys.setswitchinterval(1e-4)
         self.pool = ThreadPoolExecutor(max_workers=1)
 

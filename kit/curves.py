@@ -126,7 +126,7 @@ def draw_panel(axes, stream, runs, log_x):
             if not several or name != "train" or "val" not in curves:
                 prefix = f"{name} " if stream == "train" and not several else ""
                 labels.append((steps[-1], values[-1], prefix + form.format(values[-1]), color))
-            if name in ("val", "val_bpb") and steps[0] == 0:  # a line from step 0 would cut the corner
+            if name in ("val", "val_bpb") and steps[0] == 0:  # a line from step 0 would hide the steep fall
                 axes.plot(0, values[0], "o", color=color, markersize=4, label=name)
                 steps, values = steps[1:], values[1:]
             measured = name in ("val", "val_bpb", "hella")  # once in a while, not at each step
@@ -256,9 +256,9 @@ def tokenizer_of(run):
 def use_bits_per_byte(runs):
     """Whether the tokenizers of several runs differ, so that only their losses per byte can be compared.
 
-    If no run.json names one, as beside the logs of other programs, a loss per byte is used where all have it,
-    else the tokenizers are assumed to be the same. Raises UserError if they differ and a run has no loss per
-    byte.
+    If no run.json names a tokenizer (other programs' logs), a loss per byte is used if all runs have one;
+    otherwise the tokenizers are assumed to be the same. Raises UserError if they differ and a run has no loss
+    per byte.
     """
     runs = [run for run in runs if run["curves"].keys() & {"train", "val", "val_bpb"}]
     tokenizers = {tokenizer_of(run) for run in runs}

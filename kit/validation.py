@@ -12,10 +12,10 @@ from kit.sharding import is_sharded, whole_copy
 
 @contextlib.contextmanager
 def inference(raw_model, precision):
-    """Evaluate the model that this yields, in eval mode and in the precision of training.
+    """A context that yields the model to evaluate, in eval mode and in the precision of training.
 
-    That is raw_model; or, if it is sharded, a whole copy, whose weights are freed after the body. All ranks
-    must call this. Returns to training mode.
+    It is raw_model or, if that is sharded, a whole copy, whose weights are freed after the body. All ranks
+    must call this. Afterwards raw_model is in training mode again.
     """
     model = whole_copy(raw_model).eval()
     try:

@@ -57,7 +57,7 @@ def test_evaluation_and_sampling_do_not_use_cudnns_attention(monkeypatch):
 
 
 def test_training_is_not_kept_waiting_by_a_thread_that_draws():
-    """A thread of pure Python hands over the interpreter after a fraction of a millisecond."""
+    """A thread of pure Python releases the GIL after a fraction of a millisecond."""
     interval = sys.getswitchinterval()
     try:
         with Background(on=True) as background:
@@ -70,7 +70,7 @@ def test_training_is_not_kept_waiting_by_a_thread_that_draws():
             background.submit(draw)
             started = time.perf_counter()
             for _ in range(100):
-                time.sleep(0)  # gives up the interpreter, as torch does in each operation
+                time.sleep(0)  # releases the GIL, as torch does in each operation
             seconds = (time.perf_counter() - started) / 100
             done.set()
     finally:

@@ -77,7 +77,7 @@ def check_against_harness(run, model, tokenizer_name, examples, documents):
 
 def test_real_examples(real_data, gpt2_tokenizer, harness):
     """The sample has only ctx, so hellaswag.py derives its parts. The harness gets them by another rule:
-    a ctx that does not end like a sentence ends in a ctx_b."""
+    if ctx does not end like a sentence, what follows its last full stop is ctx_b."""
     examples = list(hellaswag.iterate_examples(real_data / "hellaswag_val_sample.jsonl"))[::8]
     documents = []
     for example in examples:

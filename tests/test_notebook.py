@@ -121,7 +121,7 @@ def test_the_notebook_is_committed_as_it_ran():
     text = "".join(printed(notebook).values())
     assert not re.search(r"/(home|root|tmp|Users|usr)\b|[A-Z]:\\|" + re.escape(str(ROOT)), text)
     assert NOTEBOOK.stat().st_size < 600_000
-    for output in pictures(notebook):  # sharp: more pixels than are shown, by two
+    for output in pictures(notebook):  # sharp: twice as many pixels as the width shown
         assert picture(output).width == pytest.approx(2 * output.metadata["image/png"]["width"], abs=1)
 
 
