@@ -363,6 +363,7 @@ class Saver:
 
         Raises UserError, and writes nothing, if a weight is not finite.
         """
+        self.ranks.wait_for_gpu()
         weights = map(local, self.raw_model.state_to_save().values())
         if self.ranks.max(not all(tensor.isfinite().all() for tensor in weights)):
             raise UserError(f"before step {progress.step} the weights are not finite, no checkpoint was "
@@ -372,7 +373,7 @@ class Saver:
         tensors, *others = contents(
             self.raw_model, progress, self.tokenizer, optimizer, identity=self.identity,
             dtype=self.precision.name, scaler=self.precision.scaler.state_dict())
-        tensors = {file: whole_on_cpu(each, self.ranks.is_first, copy=self.run.background.on)
+        tensors = {file: whole_on_cpu(each, self.ranks, copy=self.run.background.on)
                    for file, each in tensors.items()}
         if self.ranks.is_first:
             self.run.background.submit(self.write, self.run.log_dir / name, progress.step, tensors, *others)

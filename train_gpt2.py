@@ -460,7 +460,7 @@ def sample(name, step, args, raw_model, data, precision, ranks):
     """
     generator = torch.Generator(ranks.device).manual_seed(args.seed + step)
     try:
-        with inference(raw_model, precision) as model, tqdm.external_write_mode():
+        with inference(raw_model, precision, ranks) as model, tqdm.external_write_mode():
             if ranks.is_first:
                 print(f"{name}: samples")
                 print_samples(model, data.tokenizer, args.sample_prompt, 4, 32, generator, top_k=50)
@@ -520,7 +520,7 @@ def train(args, at_exit):
                     progress.best_val = progress.val_loss
                     saver.save("best", progress)
             if data.examples and due(args.hellaswag_every):
-                with inference(raw_model, precision) as whole_model:
+                with inference(raw_model, precision, ranks) as whole_model:
                     result = hellaswag.evaluate(whole_model, data.tokenizer, data.examples, ranks=ranks,
                                                 before_batch=stop.check, rendered=rendered)
                 report.hellaswag(name, step, result)
@@ -551,7 +551,7 @@ def train(args, at_exit):
             precision.scaler.unscale_(optimizer)
             norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip or math.inf))
             # the only wait for the GPU: values that are not finite must not reach the weights
-            loss, norm = ranks.read(torch.stack([ranks.mean(loss), norm]), stop)
+            loss, norm = ranks.read(torch.stack([ranks.mean(loss), norm]))
             lr = get_lr(step, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -59,7 +59,7 @@ class Ranks:
             self.device = pick_device("cuda:0" if only_one else f"cuda:{self.local_rank}")
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)
-        self.timeout, self.over_nccl = timeout, False
+        self.timeout, self.over_nccl, self.stop = timeout, False, None
         if self.distributed:
             timeout = datetime.timedelta(seconds=timeout)
             store, *_ = next(rendezvous("env://", timeout=timeout))
@@ -178,25 +178,31 @@ class Ranks:
         dist.all_gather(list(results), results[self.rank].clone(), group=self.group)
         return results.flatten(0, 1)[: len(items)]
 
-    def read(self, tensor, stop):
-        """The values of a tensor on this rank's device, as a list. Raises DistError if a rank is lost.
+    def read(self, tensor):
+        """The values of a tensor on this rank's device, as a list. Raises DistError if a rank is lost."""
+        self.wait_for_gpu()
+        return tensor.tolist()
 
-        stop: a StopSignal. Polling lets its handler run; a blocking read of a GPU's result would not.
+    def wait_for_gpu(self):
+        """Wait until this rank's GPU has finished its work. Raises DistError if a rank is lost.
+
+        Call before a tensor is read that came from other ranks. This polls, so that signal handlers can run;
+        the read itself would block until NCCL's watchdog aborts the process.
         """
         if not self.distributed or type_of(self.device) != "cuda":
-            return tensor.tolist()
+            return
         # how long to wait after SIGTERM, before torchrun kills the ranks
         grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) - 10
         done, started = torch.cuda.Event(), time.monotonic()
         done.record()
         while not done.query():
             now = time.monotonic()
-            if now - started > self.timeout or stop.number and now - max(started, stop.received_at) > grace:
+            signal_at = self.stop.received_at if self.stop and self.stop.number else math.inf
+            if now - started > self.timeout or now - max(started, signal_at) > grace:
                 raise dist.DistError("a collective of the GPUs timed out")
             if error := self.nccl_error():
                 raise dist.DistError(f"NCCL reports {error}")
             time.sleep(1e-4)
-        return tensor.tolist()
 
     def nccl_error(self):
         """NCCL's error, such as "REMOTE_ERROR", or None. A minute later it ends the process."""
@@ -247,7 +253,7 @@ class StopSignal:
     after_stop = set()  # signals that an earlier run in this process has set to be ignored
 
     def __init__(self, ranks):
-        self.ranks = ranks
+        self.ranks, ranks.stop = ranks, self
         self.number, self.received_at, self.old_handlers = 0, 0.0, {}
 
     def __enter__(self):

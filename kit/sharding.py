@@ -66,28 +66,30 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole_on_cpu(tensors, keep, copy):
-    """The `whole` of each of {name: tensor} on the CPU; {} if keep is False. All ranks must call it.
+def whole_on_cpu(tensors, ranks, copy):
+    """The `whole` of each of {name: tensor} on rank 0's CPU; {} on the others. All ranks must call it.
 
-    copy: never return the tensors themselves.
+    copy: never return the tensors themselves. Raises DistError if a rank is lost.
     """
     result = {}
     for name, tensor in tensors.items():
         tensor = whole(tensor.detach())
-        if keep:
+        ranks.wait_for_gpu()
+        if ranks.is_first:
             # not into pinned memory: torch would round it up to powers of two, and keep it
             result[name] = tensor.to("cpu", copy=copy)
     return result
 
 
-def whole_copy(model):
+def whole_copy(model, ranks):
     """A copy of a sharded GPT that has all weights on each rank; any other model as it is.
 
-    It takes 4 bytes per parameter. All ranks must call it.
+    It takes 4 bytes per parameter. All ranks must call it. Raises DistError if a rank is lost.
     """
     if not is_sharded(model):
         return model
     state = {name: whole(tensor) for name, tensor in model.state_to_save().items()}
+    ranks.wait_for_gpu()
     return model.from_state(model.config, state)
 
 

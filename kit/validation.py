@@ -11,13 +11,13 @@ from kit.sharding import is_sharded, whole_copy
 
 
 @contextlib.contextmanager
-def inference(raw_model, precision):
+def inference(raw_model, precision, ranks):
     """A context that yields the model to evaluate, in eval mode and in the precision of training.
 
     It is raw_model or, if that is sharded, a whole copy, whose weights are freed after the body. All ranks
     must call this. Afterwards raw_model is in training mode again.
     """
-    model = whole_copy(raw_model).eval()
+    model = whole_copy(raw_model, ranks).eval()
     try:
         with precision.autocast, without_cudnn_attention():
             yield model
@@ -70,7 +70,7 @@ class Validation:
                 model = compiled if len(windows) == B else raw_model
                 loss = self.batch_loss(model, self.loader.batch(windows[0], len(windows)))
                 losses.append(loss * len(mine))
-        total = torch.stack(losses).cpu().double().sum()
+        total = torch.tensor(self.ranks.read(torch.stack(losses)), dtype=torch.float64).sum()
         return self.ranks.sum(total).item() / len(self.windows)
 
     def bits_per_byte(self, loss):

@@ -13,11 +13,15 @@ import torch
 from torch._C._distributed_c10d import ErrorType
 
 import kit.ranks
+from checkpoint import Progress, Saver
 from kit import device, validation
 from kit.background import Background
 from kit.device import Precision, peak_flops
 from kit.files import UserError
 from kit.ranks import Ranks, StopSignal
+from kit.sharding import whole_copy, whole_on_cpu
+from kit.validation import Validation
+from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize("name, peak", [
@@ -46,7 +50,7 @@ def test_evaluation_and_sampling_do_not_use_cudnns_attention(monkeypatch):
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
         device.tune("cuda:0", training=True)
-        with validation.inference(torch.nn.Linear(1, 1), Precision("cpu")):
+        with validation.inference(torch.nn.Linear(1, 1), Precision("cpu"), Ranks("cpu")):
             assert not enabled()
         assert enabled()
         device.tune("cuda:0")  # of hellaswag.py and sample.py
@@ -151,10 +155,33 @@ def test_a_rank_does_not_wait_for_its_gpu_for_ever(monkeypatch, signal_after, ti
     if signal_after:
         threading.Timer(signal_after, stop.on_signal, (signal.SIGTERM, None)).start()
     with pytest.raises(torch.distributed.DistError) as raised:
-        ranks.read(torch.zeros(2), stop)
+        ranks.read(torch.zeros(2))
     assert seconds <= time.monotonic() - started < seconds + 5
     monkeypatch.setenv("RANK", "0")
     assert "lost contact" in kit.ranks.explain_failed_exchange(raised.value, timeout)
+
+
+@pytest.mark.parametrize("gather", [
+    lambda model, ranks: whole_on_cpu(model.state_to_save(), ranks, copy=False),
+    lambda model, ranks: whole_copy(model, ranks),
+    lambda model, ranks: Validation(SimpleNamespace(B=1), [], None, ranks).loss(model, model, None),
+    lambda model, ranks: Saver(None, {}, None, model, None, None, ranks).save("best", Progress()),
+])
+def test_before_gathered_tensors_are_read_the_gpu_is_polled(monkeypatch, gather):
+    """Reading them blocks while a collective waits for a lost rank, and no signal handler would run."""
+    model = GPT(GPTConfig(8, 16, 1, 1, 8))
+    model.set_requires_gradient_sync = None  # what tells a sharded model
+    ranks, read = Ranks("cpu"), []
+
+    def polled():
+        raise torch.distributed.DistError("a rank is lost")
+
+    monkeypatch.setattr(ranks, "wait_for_gpu", polled)
+    for method in ("to", "cpu", "tolist", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, method, lambda *_, name=method, **__: read.append(name))
+    with pytest.raises(torch.distributed.DistError, match="a rank is lost"):
+        gather(model, ranks)
+    assert not read
 
 
 def test_an_error_of_nccl_is_noticed_before_nccl_ends_the_process(monkeypatch):
@@ -167,7 +194,7 @@ def test_an_error_of_nccl_is_noticed_before_nccl_ends_the_process(monkeypatch):
     never = SimpleNamespace(record=lambda: None, query=lambda: False)
     monkeypatch.setattr(torch.cuda, "Event", lambda: never)
     with pytest.raises(torch.distributed.DistError, match="REMOTE_ERROR") as raised:
-        ranks.read(torch.zeros(2), StopSignal(ranks))
+        ranks.read(torch.zeros(2))
     monkeypatch.setenv("RANK", "0")
     assert "lost contact" in kit.ranks.explain_failed_exchange(raised.value, 600)
     del ranks.group._get_backend  # a torch without this private name

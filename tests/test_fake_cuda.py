@@ -85,7 +85,7 @@ def test_validation_hellaswag_and_samples(model):
     precision = SimpleNamespace(autocast=autocast())
     ids = torch.zeros((4, 64), dtype=torch.int64, device="cuda")
     rows = [hellaswag.Row([1, 2, 3], [[4, 5], [6], [7], [8]], [0, 1, 2, 3])]
-    with inference(model, precision):
+    with inference(model, precision, None):
         with torch.no_grad():
             assert_on_gpu([model(ids, ids)[1]])
         assert_on_gpu([hellaswag.score_batch(model, rows, "cuda")])
