@@ -25,7 +25,8 @@ def parse_args(argv=None):
     switch, interval = argparse.BooleanOptionalAction, integer(0)
 
     add = parser.add_argument_group("run").add_argument
-    add("--data_dir", metavar="DIR", default="edu_fineweb10B", help="shards made by fineweb_edu.py")
+    add("--data_dir", metavar="DIR",
+        help="shards made by fineweb_edu.py (default: edu_fineweb10B; with --demo_data: data/demo)")
     add("--data_tokenizer", metavar="NAME", help="tokenizer of shards without a manifest: gpt2, or a file")
     add("--demo_data", action=switch, default=False, help="train on Python's own documentation")
     add("--log_dir", metavar="DIR", default="log", help="directory of log.txt, run.json and the checkpoints")
@@ -51,8 +52,7 @@ def parse_args(argv=None):
     add("--shard", action=switch, default=False,
         help="split weights, gradients and optimizer over the ranks (FSDP2), for models that don't fit on "
              "one GPU; without it, each rank has all of them (DDP)")
-    add("--timeout", type=number(1, 1e8), default=600,
-        help="seconds without an answer after which a rank counts as lost")
+    add("--timeout", type=number(1, 1e8), default=600, help="seconds until a silent rank counts as lost")
     add("--micro_batch_size", type=integer_or_auto(1), default=32, metavar="N",
         help="sequences per forward pass and rank, or auto: the largest power of two that fits into memory; "
              "the total batch stays the same")
@@ -78,13 +78,12 @@ def parse_args(argv=None):
     add("--log_every", type=interval, default=10,
         help="print a line every N steps; a terminal shows one line that is updated; log.txt has every step")
     add("--plot", action=switch, default=True, help="draw log_dir/curves.png at each evaluation")
-    add("--track", choices=("wandb", "trackio", "tensorboard"),
-        help="also send the logged values to this tracker")
+    add("--track", choices=("wandb", "trackio", "tensorboard"), help="also log to this tracker")
     args = parse_with_configs(parser, argv)
 
+    args.data_dir = args.data_dir or ("data/demo" if args.demo_data else "edu_fineweb10B")
     args.crop_to = args.block_size if args.init_from else None
-    if args.block_size is None:
-        args.block_size = args.sequence_length
+    args.block_size = args.block_size or args.sequence_length
     for flag in ("block_size", "val_tokens"):
         if getattr(args, flag) < args.sequence_length:
             parser.error(f"argument --{flag}: less than --sequence_length {args.sequence_length}")
@@ -119,13 +118,12 @@ from kit.device import (
     compile_model,
     compiles_by_default,
     fits_into_memory,
-    out_of_memory,
     to_device,
     tune,
     type_of,
 )
 from kit.divergence import remedy, skip_or_stop, watch_loss
-from kit.files import UserError, first_line, run_script, unbreakable_output
+from kit.files import UserError, first_line, out_of_memory, run_script, unbreakable_output
 from kit.optim import state_tensors
 from kit.profiling import Profile
 from kit.ranks import Ranks, StopRequested, StopSignal
@@ -491,11 +489,12 @@ def train(args, at_exit):
     args = with_micro_batch_size(args, data, raw_model, optimizer, precision, ranks)
     micro_batches = recipe.count_micro_batches(args, ranks.world_size)
     validation = Validation(data.val, data.val_windows, precision, ranks, args.val_every and data.tokenizer)
+    report = Report(args, raw_model, precision, run, ranks)
+    report.plan(micro_batches, data)
     compiled, model = wrap_model(args, raw_model, data, validation, precision, ranks)
     saver = Saver(args, identity, data.tokenizer_name, raw_model, precision, run, ranks)
     progress, start_step = Progress.of(meta), meta.get("step", 0)
-    report = Report(args, raw_model, precision, run, ranks)
-    report.start(start_step, micro_batches, data, is_compiled=compiled is not raw_model)
+    report.start(start_step, data, is_compiled=compiled is not raw_model)
     rendered = data.examples and hellaswag.render(data.examples, data.tokenizer, raw_model.config.block_size)
     profile = at_exit.enter_context(Profile(args.profile, run.log_dir, ranks))
     data.train.position = start_step * args.total_batch_size // args.sequence_length

@@ -198,7 +198,7 @@ def scale_steps(axes, last_step, log_x):
     axes.set_xlabel("step")
     if log_x:
         axes.set_xscale("symlog", linthresh=1, linscale=LINSCALE)
-        axes.set_xlim(-0.2, 1.03 * last_step)
+        axes.set_xlim(-0.2, 1.1 * last_step)  # room for the last marker
     else:
         axes.set_xlim(-0.01 * last_step, 1.01 * last_step)
         axes.xaxis.set_major_locator(MaxNLocator(8 if axes.bbox.width > 5 * DPI else 4, integer=True))
@@ -342,7 +342,7 @@ def picture(log_dirs, log_x=False):
             if above > 0.5:
                 draw_legend(axes, stream, runs)
                 if stream == "val_bpb" and len(runs) > 1:
-                    axes.set_title("Validation loss, per byte as the tokenizers differ or are unknown")
+                    axes.set_title("Validation loss in bits per byte (different or unknown tokenizers)")
                 if len(set(batches)) == 1 and batches[0]:
                     add_tokens_axis(axes, batches[0])
 

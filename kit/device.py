@@ -18,7 +18,7 @@ import torch
 import torch.nn.attention
 from torch.overrides import TorchFunctionMode
 
-from kit.files import UserError, warn_once
+from kit.files import UserError, out_of_memory, warn_once
 from kit.packed import onednn_is_faster
 
 # dense 16-bit FLOP/s of the tensor cores with fp32 accumulation, from NVIDIA's datasheets. The first name
@@ -205,12 +205,6 @@ def compile_model(model, device, mode=None):
         return torch.compile(model, options=INDUCTOR_OPTIONS)
     except RuntimeError:  # a version without this option
         return torch.compile(model)
-
-
-def out_of_memory(error):
-    """Whether an exception means out of memory. On a CPU only the text of torch's error shows it."""
-    words = "can't allocate memory|not enough memory|out of memory"
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(words, str(error)))
 
 
 def fits_into_memory(model, batch, precision, device, missing):

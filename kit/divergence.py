@@ -70,7 +70,7 @@ def find_bad_window(step, args, loader, raw_model, precision, ranks):
     count = args.total_batch_size // args.sequence_length  # windows of a step
     windows = [step * count + i for i in range(count)
                if i // args.micro_batch_size % ranks.world_size == ranks.rank]
-    model = whole_copy(raw_model).train()
+    model = whole_copy(raw_model, ranks).train()
     model.zero_grad()
     for n in windows:
         x, y = (to_device(tokens, ranks.device) for tokens in loader.batch(n, 1))

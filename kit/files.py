@@ -50,7 +50,11 @@ def run_script(main, args):
     except BrokenPipeError:  # the reader of the pipe has left: `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, (RuntimeError, MemoryError)):
+            if not out_of_memory(error):
+                raise
+            error = UserError("out of memory: use a smaller model, or fewer or shorter texts at once")
         rank = os.environ.get("RANK", "")
         if rank not in ("", "0"):
             time.sleep(3)  # most mistakes hit all ranks: rank 0 prints, then torchrun ends the others
@@ -59,6 +63,12 @@ def run_script(main, args):
             message += f" (rank {rank} on {socket.gethostname()})"
         print("error:", NUMBER.sub("", message), file=Unbreakable(sys.stderr), flush=True)
         sys.exit(2 if isinstance(error, UserError) or error.errno in UNUSABLE_PATH else 1)
+
+
+def out_of_memory(error):
+    """Whether an exception means out of memory. On a CPU only the text of torch's error shows it."""
+    words = "can't allocate memory|not enough memory|out of memory"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
 
 class Unbreakable:

@@ -7,6 +7,7 @@ code that they name. Optimizer states are not read.
 import math
 import re
 import sys
+import textwrap
 
 import torch
 
@@ -48,7 +49,7 @@ def read_gpt2(path):
         tied = torch.equal(state.get("lm_head.weight", embedding), embedding)
         loss = math.nan if loss is None else float(loss)
     except Exception as error:  # torch raises many types
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 120, placeholder=' ...')}"
         if "weights_only" in str(error):  # torch's own message recommends running the pickle
             reason = ("it holds Python objects, which are not loaded; in the program that wrote it, save "
                       '{"model": state_dict, "config": vars(config)}')

@@ -47,7 +47,7 @@ SETTINGS = (
     Setting("vocab_size", None, "rows of the embedding (default: the tokenizer's ids, padded to a multiple "
             "of 128: 50304 for GPT-2's)", "model"),
     Setting("block_size", None, "longest context of the model (default: --sequence_length)", "model",
-            recipe=False),
+            1, recipe=False),
     Setting("bias", True, "biases in linear layers and LayerNorms", "model"),
     # GPTConfig checks the names of parts: a new one in kit/variants.py needs no change here
     Setting("mlp", "gelu", "activation of the MLP: gelu, swiglu, relu2 or your own", "model variants"),

@@ -11,8 +11,8 @@ import torch
 from tqdm import tqdm
 
 from kit import recipe, shards
-from kit.device import attention_backend, memory_of, name_of, out_of_memory, peak_memory, type_of
-from kit.files import UNUSABLE_PATH, UserError, count, first_line
+from kit.device import attention_backend, memory_of, name_of, peak_memory, type_of
+from kit.files import UNUSABLE_PATH, UserError, count, first_line, out_of_memory
 from kit.ranks import explain_failed_exchange
 from kit.scores import with_error
 
@@ -29,27 +29,12 @@ class Report:
         self.steps, self.mean_seconds, self.loss = 0, 0.0, math.nan
         self.line = on_terminal(ranks, bar_format="{desc}")
 
-    def start(self, step, micro_batches, data, is_compiled):
-        """Record the start of the run and print what it is.
+    def plan(self, micro_batches, data):
+        """Print what the run will do, and warn of flags that are probably a mistake.
 
         micro_batches: of a step, over all ranks. data: train_gpt2.Data.
         """
-        args, raw_model, run, ranks, precision = (self.args, self.raw_model, self.run, self.ranks,
-                                                  self.precision.name)
-        device_name = name_of(ranks.device)
-        head_size = raw_model.config.n_embd // raw_model.config.n_head
-        attention = attention_backend(ranks.device, getattr(torch, precision), head_size)
-        shape = {name: getattr(raw_model.config, name) for name in recipe.SHAPE}  # --init_from changes it
-        run.start(step, {**vars(args), **shape}, parameters=raw_model.num_params(),
-                  flops_per_token=raw_model.flops_per_token(args.sequence_length),
-                  world_size=ranks.world_size, device=ranks.device, device_name=device_name,
-                  dtype=precision, attention=attention, compiled=is_compiled,
-                  data_manifest=data.identity["data"],
-                  data_source=shards.source_of(args.data_dir), tokenizer=data.identity["tokenizer"],
-                  hellaswag_examples=data.examples and len(data.examples))
-        ranks.say(f"{raw_model.num_params():,} parameters, {precision} on {ranks.device} ({device_name}), "
-                  + ("compiled" if is_compiled else "not compiled")
-                  + (f", attention: {attention}" if type_of(ranks.device) == "cuda" else ""))
+        args, ranks = self.args, self.ranks
         if args.eval_only:
             return
         tokens = data.train.num_windows * args.sequence_length
@@ -71,6 +56,25 @@ class Report:
         if epochs > 20:
             ranks.say(f"warning: the training split has only {tokens:,} tokens, so each is seen "
                       f"{epochs:,.0f} times; one epoch is --max_steps {math.ceil(args.max_steps / epochs)}")
+
+    def start(self, step, data, is_compiled):
+        """Record the start of the run; print its size, device and precision. data: train_gpt2.Data."""
+        args, raw_model, run, ranks, precision = (self.args, self.raw_model, self.run, self.ranks,
+                                                  self.precision.name)
+        device_name = name_of(ranks.device)
+        head_size = raw_model.config.n_embd // raw_model.config.n_head
+        attention = attention_backend(ranks.device, getattr(torch, precision), head_size)
+        shape = {name: getattr(raw_model.config, name) for name in recipe.SHAPE}  # --init_from changes it
+        run.start(step, {**vars(args), **shape}, parameters=raw_model.num_params(),
+                  flops_per_token=raw_model.flops_per_token(args.sequence_length),
+                  world_size=ranks.world_size, device=ranks.device, device_name=device_name,
+                  dtype=precision, attention=attention, compiled=is_compiled,
+                  data_manifest=data.identity["data"],
+                  data_source=shards.source_of(args.data_dir), tokenizer=data.identity["tokenizer"],
+                  hellaswag_examples=data.examples and len(data.examples))
+        ranks.say(f"{raw_model.num_params():,} parameters, {precision} on {ranks.device} ({device_name}), "
+                  + ("compiled" if is_compiled else "not compiled")
+                  + (f", attention: {attention}" if type_of(ranks.device) == "cuda" else ""))
 
     def step(self, step, loss, lr, norm, seconds):
         """Report an optimizer step. seconds: its duration."""

@@ -104,6 +104,13 @@ def test_the_help_says_what_bfloat16_brings_on_this_processor(tmp_path, flags, w
     assert words in bfloat16_on_this_cpu(tmp_path / "cpuinfo")
 
 
+@pytest.mark.parametrize("argv, data_dir", [
+    ([], "edu_fineweb10B"), (["--demo_data"], "data/demo"), (["--demo_data", "--data_dir", "x"], "x"),
+])
+def test_the_demo_data_have_a_directory_of_their_own(argv, data_dir):
+    assert parse_args(argv).data_dir == data_dir
+
+
 def test_help_shows_defaults_that_say_something(capsys):
     with pytest.raises(SystemExit):
         train_gpt2.parse_args(["--help"])

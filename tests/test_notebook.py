@@ -107,6 +107,24 @@ def test_the_notebook_runs_on_a_model_of_another_shape_without_a_log(learned, tm
     assert "has no log.txt: the rest of this part is skipped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("variants, words", [
+    (dict(norm="rmsnorm", logit_softcap=15),
+     "has parts that GPT-2 lacks: norm rmsnorm, logit_softcap 15; use log_demo"),
+    (None, "contains no valid checkpoint"),
+])
+def test_a_model_that_the_notebook_can_not_take_apart_ends_it_in_one_line(
+        learned, tmp_path, monkeypatch, variants, words):
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / "empty"
+    if variants:
+        model = make.small_gpt(16, n_layer=1, n_head=1, **variants)
+        path = make.small_checkpoint(tmp_path, model, tokenizer=learned)
+    monkeypatch.setenv("MODEL", str(path))
+    cells = {cell.id: cell.source for cell in code_cells(nbformat.read(NOTEBOOK, as_version=4))}
+    with torch.no_grad(), pytest.raises(SystemExit, match=re.escape(words)):
+        exec(next(source for source in cells.values() if "load_model_and_tokenizer(" in source), {})
+
+
 def test_the_notebook_is_committed_as_it_ran():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)

@@ -99,6 +99,8 @@ def test_memory_that_does_not_suffice_is_one_line(shards, tmp_path, monkeypatch,
     process = run_here(train_gpt2, *flags_of(shards, tmp_path / "log", "--val_every", 0, compiling))
     assert_refused(process, "out of memory: use a smaller --micro_batch_size")
     assert ("compiling: a minute or more" in process.stdout) == (compiling == "--compile")
+    if compiling == "--compile":  # who sees a mistake in the plan need not wait for the compiler
+        assert process.stdout.index(" epochs\n") < process.stdout.index("compiling: a minute")
 
 
 def test_few_steps_are_not_said_to_be_no_epochs(shards, tmp_path, capsys):

@@ -38,6 +38,24 @@ def test_int8_samples_are_reproducible(small_run):
     assert run_script("sample.py", *flags).stdout == run_here(sample, *flags).stdout != "The\n"
 
 
+@pytest.mark.parametrize("error", [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+], ids=["cpu", "cuda", "python"])
+def test_memory_that_does_not_suffice_is_one_line(small_run, monkeypatch, error):
+    def allocate(*_, **__):
+        raise error
+
+    monkeypatch.setattr(sample, "print_samples", allocate)
+    assert_refused(run_here(sample, "-m", small_run, "-p", "The"), "out of memory: use a smaller model")
+
+
+def test_another_error_of_torch_keeps_its_traceback(small_run, monkeypatch):
+    monkeypatch.setattr(sample, "print_samples", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        run_here(sample, "-m", small_run, "-p", "The")
+
+
 def gpt():
     return make.with_biases(make.small_gpt(64, n_head=4, n_embd=64))
 
