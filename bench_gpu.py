@@ -5,8 +5,9 @@
 
 Stages, each in a process of its own: `card` (matmul, copy), `tests` (tests/test_gpu.py), `train` (speed,
 memory, evaluation, stop and resume), `profile` (where the time goes), `choices` (other settings, in turn with
-the default), `peers` (bench.py) and, with real shards, `recipe` (250 steps of the 124M recipe). The JSON
-file is rewritten after each result, so that an interrupted command keeps what it has measured.
+the default), `ddp` (the same for torch.compile and DDP, with two GPUs or more), `peers` (bench.py) and, with
+real shards, `recipe` (250 steps of the 124M recipe). The JSON file is rewritten after each result, so that an
+interrupted command keeps what it has measured.
 """
 
 import json
@@ -21,7 +22,7 @@ from pathlib import Path
 from kit.flags import Parser, from_command_line, number
 
 # the stages, and how many seconds each may take
-STAGES = dict(card=60, tests=420, train=240, profile=150, choices=480, peers=540, recipe=900)
+STAGES = dict(card=60, tests=420, train=240, profile=150, choices=480, ddp=300, peers=540, recipe=900)
 ROOT = Path(__file__).parent
 # of the train and profile stages: 124M at a quarter of its batch, or a tiny model for a test on a CPU
 FULL = "--total_batch_size 131072 --val_tokens 131072"
@@ -52,7 +53,8 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    args = from_command_line(parse_args) if sys.argv[1:2] not in (["--stage"], ["--arm"]) else None
+    inner = sys.argv[1:2] in (["--stage"], ["--arm"], ["--rank"])  # started by this script
+    args = None if inner else from_command_line(parse_args)
 
 import argparse
 import contextlib
@@ -65,8 +67,10 @@ import torch
 
 import bench
 from kit import loss
-from kit.device import compile_model, machine, memory_of, pick_device, tune
+from kit.device import compile_model, machine, memory_of, pick_device, tune, type_of
 from kit.files import UserError, atomic_write, check_output, run_script
+from kit.ranks import Ranks
+from kit.sharding import distribute
 from model import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------- the stages: each yields results
@@ -209,8 +213,11 @@ class Arm(bench.Arm):
     script = __file__
 
 
-def training_arm(device, tiny, choice=None):
-    """A unit is an optimizer step on 8 micro-batches; its result is the seconds per token, and the loss."""
+def training_arm(device, tiny, choice=None, prepare=compile_model, passes=8):
+    """A unit is an optimizer step on `passes` micro-batches: the seconds per token, and the loss.
+
+    prepare: makes the model that is called, from the arguments of compile_model.
+    """
     process, change, more = CHOICES.get(choice, (None, None, {}))
     scale = more.get("scale", 1)
     tune(device, training=True)
@@ -223,13 +230,13 @@ def training_arm(device, tiny, choice=None):
     if change:
         change(model)
     optimizer = model.configure_optimizers(0.1, 6e-4, device)
-    compiled = compile_model(model, "cuda", more.get("mode"))  # with a GPU's settings on a CPU too
+    compiled = prepare(model, "cuda", more.get("mode"))  # with a GPU's settings on a CPU too
     x, y = torch.randint(500, (2, B, T)).to(device)
 
     def unit(number):
         bench.synchronize(device)
         started = time.perf_counter()
-        for _ in range(8):
+        for _ in range(passes):
             with bench.autocast(device, "bfloat16"):
                 result = compiled(x, y)[1]
             result.backward()
@@ -237,7 +244,7 @@ def training_arm(device, tiny, choice=None):
         optimizer.step()
         optimizer.zero_grad()
         bench.synchronize(device)
-        return dict(seconds=(time.perf_counter() - started) / (8 * B * T), loss=result.item())
+        return dict(seconds=(time.perf_counter() - started) / (passes * B * T), loss=result.item())
 
     unit(0), unit(0)  # compile, warm up
     return unit
@@ -260,6 +267,38 @@ def choices(args):
 
 
 bench.ARMS["choice"] = training_arm
+
+
+def ddp(args):
+    """torch.compile outside of DistributedDataParallel, in turn with inside, as in a run: on all GPUs."""
+    ranks = 2 if args.device == "cpu" else torch.cuda.device_count()
+    if ranks < 2:
+        yield dict(skipped="needs two GPUs")
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+               __file__, "--rank", json.dumps(dict(device=args.device, tiny=args.tiny))]
+    yield json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def ddp_rank(device, tiny):
+    """A rank of the ddp stage. Rank 0 prints the result.
+
+    A step has one micro-batch per rank, as with eight GPUs: each backward pass averages gradients, which
+    DistributedDataParallel can overlap with the rest of it only if the compiled graph is split.
+    """
+    results = bench.results_stream()
+    ranks = Ranks(device)
+    inside = training_arm(type_of(device), tiny, passes=1,
+                          prepare=lambda model, *how: distribute(compile_model(model, *how), ranks))
+    outside = training_arm(type_of(device), tiny, passes=1,
+                           prepare=lambda model, *how: compile_model(distribute(model, ranks), *how))
+    pairs = [(inside(i), outside(i)) for i in range(10)]
+    if ranks.is_first:
+        ratios = bench.spread([one["seconds"] / other["seconds"] for one, other in pairs])
+        losses = dict(loss=pairs[-1][1]["loss"], loss_of_default=pairs[-1][0]["loss"])
+        result = dict(ranks=ranks.world_size, over_nccl=ranks.over_nccl, times_as_fast=ratios, **losses)
+        print(json.dumps({"torch.compile outside of DDP": result}), file=results, flush=True)
+    ranks.leave()
 
 
 def peers(args):
@@ -401,6 +440,8 @@ def serve(request):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--arm"]:
         run_script(lambda request: bench.arm(**json.loads(request)), sys.argv[2])
+    elif sys.argv[1:2] == ["--rank"]:
+        run_script(lambda request: ddp_rank(**json.loads(request)), sys.argv[2])
     elif sys.argv[1:2] == ["--stage"]:
         signal.signal(signal.SIGTERM, lambda *_: None)  # it is meant for the processes that the stage started
         run_script(serve, sys.argv[2])

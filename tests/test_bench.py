@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from runs import assert_refused, children, run_here, run_script, start_script, wait_for_line
 
 import bench
@@ -110,6 +111,8 @@ def test_the_plan_for_a_gpu_runs_through(tmp_path):
     results = [value for value in stages["choices"].values() if isinstance(value, dict)]
     assert len(results) == 7 and all("times_as_fast" in result for result in results)
     losses = {name: result["loss"] for name, result in stages["choices"].items() if name != "seconds"}
+    ddp = stages["ddp"]["torch.compile outside of DDP"]
+    assert ddp["ranks"] == 2 and ddp["loss"] == pytest.approx(ddp["loss_of_default"], rel=1e-3)
     # in 16 bits another dtype of the residual stream gives another loss: the change has reached the graph
     assert losses["residual stream in bf16"] != losses["slices of 2**27 logits"]
 
@@ -186,6 +189,11 @@ def test_each_row_of_the_peers_is_kept(monkeypatch):
     monkeypatch.setattr(bench, "bench_sample", fails)
     rows = bench_gpu.peers(Namespace(tiny=False, bench=dict(hellaswag_data=None)))
     assert [next(rows), next(rows)] == [{"a": {"name": "a"}}, {"c": {"name": "c"}}]
+
+
+def test_one_gpu_does_not_measure_ddp(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert list(bench_gpu.ddp(Namespace(device="cuda"))) == [dict(skipped="needs two GPUs")]
 
 
 def test_a_second_call_adds_to_the_results(tmp_path):
