@@ -27,7 +27,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kit.flags import MODEL, Parser, from_command_line
+from kit.flags import MODEL, Parser, as_flags, from_command_line
 
 
 def parse_args(argv=None):
@@ -518,10 +518,12 @@ def load_to_train(args, data, say):
         raise UserError(f"--data_dir {args.data_dir}: its tokenizer has {data.num_tokens} ids, "
                         f"{args.init_from} only {model.config.vocab_size}: prepare the data with the "
                         "model's tokenizer")
-    for name in recipe.MODEL_VARIANTS:
-        wanted, found = getattr(args, name), getattr(model.config, name)
-        if wanted not in (recipe.VARIANTS[name], found):
-            raise UserError(f"--{name} {wanted}: {args.init_from} has {found}; leave the flag out")
+    wanted = {name: getattr(args, name) for name in recipe.MODEL_VARIANTS
+              if getattr(args, name) not in (recipe.VARIANTS[name], getattr(model.config, name))}
+    if wanted:  # perhaps by a config, so leaving the flags out is no remedy
+        found = {name: getattr(model.config, name) for name in wanted}
+        raise UserError(f"{args.init_from} does not have {' '.join(as_flags(wanted))}: add "
+                        + " ".join(as_flags(found)))
     if data.tokenizer:
         check_tokenizer(args.init_from, data.tokenizer, args.data_dir, say)
     if args.crop_to:

@@ -27,7 +27,7 @@ from itertools import product
 from pathlib import Path
 
 from kit import recipe
-from kit.flags import Parser, from_command_line, integer, integer_or_auto, number
+from kit.flags import Parser, as_flags, from_command_line, integer, integer_or_auto, number
 
 FIRST_SEED = 1337
 # fields of run.json that affect speed
@@ -107,15 +107,6 @@ def sizes_of(text):
     except ValueError:
         example = "2x64,3x96,4x128,5x160,6x192"
         raise argparse.ArgumentTypeError(f"{text} should be sizes such as {example}") from None
-
-
-def as_flags(values):
-    """{name: value} as words of a command line."""
-    words = []
-    for name, value in values.items():
-        switch = [f"--{name}" if value else f"--no-{name}"]
-        words += switch if isinstance(value, bool) else [f"--{name}", str(value)]
-    return words
 
 
 if __name__ == "__main__":

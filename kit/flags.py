@@ -116,6 +116,15 @@ class Parser(argparse.ArgumentParser):
         return f"; see {self.prog} --help"
 
 
+def as_flags(values):
+    """{name: value} as words of a command line."""
+    words = []
+    for name, value in values.items():
+        switch = [f"--{name}" if value else f"--no-{name}"]
+        words += switch if isinstance(value, bool) else [f"--{name}", str(value)]
+    return words
+
+
 def bfloat16_on_this_cpu(cpuinfo="/proc/cpuinfo"):
     """What bfloat16 brings on this processor, for a help text. docs/benchmarks.md has the measurements."""
     try:

@@ -31,9 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import train_gpt2
-from compare import as_flags
 from kit import loss, optim, recipe, variants
 from kit.files import UserError
+from kit.flags import as_flags
 from kit.packed import pack
 from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
@@ -302,9 +302,12 @@ def test_every_part_is_checked_has_a_flag_and_is_known_to_the_export():
 
 def test_a_variant_that_init_from_lacks_is_refused(shards, tmp_path, learned):
     make.small_checkpoint(tmp_path / "log", make.small_gpt(block_size=32), tokenizer=learned)
-    flags = ["--init_from", tmp_path / "log", "--norm", "rmsnorm"]
+    flags = ["--init_from", tmp_path / "log", "--norm", "rmsnorm", "--embedding_norm"]
     process = run_here(train_gpt2, *flags_of(shards, tmp_path / "new", *flags))
-    assert_refused(process, "--norm rmsnorm", "has layernorm; leave the flag out")
+    assert_refused(process, "does not have --norm rmsnorm --embedding_norm: add --norm layernorm "
+                            "--no-embedding_norm")
+    remedy = ["--norm", "layernorm", "--no-embedding_norm", "--max_steps", 1]
+    train(shards, tmp_path / "new", *flags, *remedy)
 
 
 @pytest.mark.parametrize("name", [*variants.ACTIVATIONS, *variants.NORMS])
