@@ -250,6 +250,12 @@ def training_arm(device, tiny, choice=None, prepare=compile_model, passes=8):
     return unit
 
 
+def comparison(pairs):
+    """What units of the default and of an alternative, [(default's, alternative's)], say about the latter."""
+    return dict(times_as_fast=bench.spread([one["seconds"] / other["seconds"] for one, other in pairs]),
+                loss=pairs[-1][1]["loss"], loss_of_default=pairs[-1][0]["loss"])
+
+
 def choices(args):
     """Settings against the default, one at a time, in turn with it: how many times as fast each is."""
     settings = dict(work="choice", device=args.device, tiny=args.tiny)
@@ -261,9 +267,7 @@ def choices(args):
             except SystemExit as error:  # out of memory, for example
                 yield {choice: dict(error=str(error)[:500])}
                 continue
-            ratios = bench.spread([one["seconds"] / other["seconds"] for one, other in pairs])
-            yield {choice: dict(times_as_fast=ratios, peak_memory_bytes=pairs[0][1]["peak_bytes"],
-                                loss=pairs[-1][1]["loss"], loss_of_default=pairs[-1][0]["loss"])}
+            yield {choice: dict(comparison(pairs), peak_memory_bytes=pairs[0][1]["peak_bytes"])}
 
 
 bench.ARMS["choice"] = training_arm
@@ -294,9 +298,7 @@ def ddp_rank(device, tiny):
                            prepare=lambda model, *how: compile_model(distribute(model, ranks), *how))
     pairs = [(inside(i), outside(i)) for i in range(10)]
     if ranks.is_first:
-        ratios = bench.spread([one["seconds"] / other["seconds"] for one, other in pairs])
-        losses = dict(loss=pairs[-1][1]["loss"], loss_of_default=pairs[-1][0]["loss"])
-        result = dict(ranks=ranks.world_size, over_nccl=ranks.over_nccl, times_as_fast=ratios, **losses)
+        result = dict(comparison(pairs), ranks=ranks.world_size, over_nccl=ranks.over_nccl)
         print(json.dumps({"torch.compile outside of DDP": result}), file=results, flush=True)
     ranks.leave()
 

@@ -59,7 +59,8 @@ class Ranks:
             self.device = pick_device("cuda:0" if only_one else f"cuda:{self.local_rank}")
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)
-        self.timeout, self.over_nccl, self.stop = timeout, False, None
+        self.timeout, self.over_nccl = timeout, False
+        self.stop = None  # the StopSignal, once there is one
         if self.distributed:
             timeout = datetime.timedelta(seconds=timeout)
             store, *_ = next(rendezvous("env://", timeout=timeout))

@@ -70,7 +70,8 @@ class Validation:
                 model = compiled if len(windows) == B else raw_model
                 loss = self.batch_loss(model, self.loader.batch(windows[0], len(windows)))
                 losses.append(loss * len(mine))
-        total = torch.tensor(self.ranks.read(torch.stack(losses)), dtype=torch.float64).sum()
+        self.ranks.wait_for_gpu()
+        total = torch.stack(losses).cpu().double().sum()
         return self.ranks.sum(total).item() / len(self.windows)
 
     def bits_per_byte(self, loss):
