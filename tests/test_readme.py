@@ -10,7 +10,7 @@ from runs import ROOT, environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # a block, and the comment above it that says why it is not run
-BLOCKS = re.findall(r"(<!-- not run: [^\n]+ -->\n)?```(sh|python)\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"(<!-- the README's test skips this block: [^\n]+ -->\n)?```(sh|python)\n(.*?)```", README, re.DOTALL)
 SCRIPTS = [*ROOT.glob("*.py"), ROOT / "kit/formats.py"]  # which has those of all that read texts
 FLAGS = set(re.findall(r'"(--[a-z_0-9]+)"', "".join(path.read_text() for path in SCRIPTS)))
 
@@ -24,8 +24,8 @@ def test_the_blocks_run_in_order(tmp_path, texts, gpt2_tokenizer):
                "--max_steps 200": "--max_steps 2 --warmup_steps 1 --val_tokens 1024",
                "python ": f"{sys.executable} "}
     ran = 0
-    for not_run, language, text in BLOCKS:
-        if not_run:
+    for skipped, language, text in BLOCKS:
+        if skipped:
             continue
         for old, new in shorter.items():
             text = text.replace(old, new)
