@@ -74,7 +74,9 @@ ELSEWHERE = {
     "block_size": ("sequence_length",), "max_iters": ("max_steps",), "epochs": ("max_steps",),
     "num_iterations": ("max_steps",), "out_dir": ("log_dir",), "output_dir": ("log_dir",),
     "eval_interval": ("val_every",), "dataset": ("data_dir",), "num_tokens": ("max_new_tokens",),
-    "start": ("prompt",), "wandb_log": ("track",),
+    "start": ("prompt",), "wandb_log": ("track",), "wandb": ("track",), "model_type": ("init_from",),
+    "eval_iters": ("val_tokens",), "lr_decay_iters": ("max_steps",),
+    "gradient_accumulation_steps": ("total_batch_size",),
 }
 
 
@@ -104,7 +106,13 @@ class Parser(argparse.ArgumentParser):
         flags |= {alias.replace("-", "_"): known for alias, known in self.aliases.items()}
         return flags.get(flag.replace("-", "_"), flag) + equals + value
 
+    def error(self, message):
+        # argparse's words for a value given to a switch, as in --compile=False
+        super().error(message.replace("ignored explicit argument", "takes no value, but got"))
+
     def suggestion(self, word):
+        if word in ("True", "False"):
+            return ": a flag that turns something on takes no value; --no-FLAG turns it off"
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
         known = {flag.lstrip("-"): flag for flag in self._option_string_actions}
         near = [other for other in ELSEWHERE.get(name, ()) if other in known]
