@@ -101,7 +101,7 @@ class Progress:
     skipped: int = 0  # steps skipped because loss or gradient was not finite
     smoothed: float | None = None  # a running mean of the training loss
     lowest: float = math.inf  # its minimum
-    diverged: bool = False  # whether it is far above that
+    diverged: bool = False  # whether it is far above that, or above a uniform guess
 
     @classmethod
     def of(cls, meta):

@@ -5,9 +5,9 @@
     python compare.py --scaling 2x64,3x96,4x128,5x160,6x192 BASE.txt               # loss against size
     python compare.py --speedrun NEW.txt OLD.txt --seeds 3                         # docs/speedrun.md
 
-An arm is a config file, or a config and flags of train_gpt2.py in quotes. The first arm is the baseline. Each
-run has its own directory in --out; the same command continues where it was stopped. The result is a table,
-report.md, and a picture, curves.png.
+An arm is a config file, or a config and flags of train_gpt2.py in quotes. The first arm is the baseline (with
+--speedrun: the second). Each run has its own directory in --out; the same command continues where it was
+stopped. The result is a table, report.md, and a picture, curves.png.
 
 With --sweep, each arm first trains with every value and one seed. The best value is chosen on the first half
 of the val split. The runs that are reported have other seeds and are validated on the second half.
@@ -39,8 +39,8 @@ SPEEDRUN_TARGET = 1.84  # bits per byte of the demo's val split: docs/speedrun.m
 def parse_args(argv=None):
     parser = Parser(description="Compare recipes on the same data.",
                     usage="python compare.py ARM [ARM ...] [--seeds N] [--sweep FLAG=V,...] [--flag value]",
-                    epilog="The flags in these groups apply to all arms; those that are not given keep each "
-                           "config's value. Other flags of train_gpt2.py can be part of an arm.")
+                    epilog="The flags of the groups above apply to all arms; without them, each config's "
+                           "value holds. Other flags of train_gpt2.py can be part of an arm.")
     add = parser.add_argument
     add("arms", nargs="+", metavar="ARM",
         help="a config, or a config and flags in quotes; the first is the baseline (with --speedrun: the "

@@ -26,7 +26,7 @@ def part_of(text):
 
 
 def parse_args(argv=None):
-    from kit import formats, sources  # here, where Ctrl-C no longer prints a traceback
+    from kit import formats, sources  # here, because by now Ctrl-C prints no traceback
 
     parser = Parser(
         description="Tokenize FineWeb-Edu, another hub dataset or local files into uint16 shards.",
@@ -189,8 +189,8 @@ class Encoder:
     def result(self, future):
         """Wait for the ids of a batch. Raises BrokenProcessPool if a worker was killed.
 
-        The pool itself notices that, unless the worker was sending a result: then it would wait for the rest
-        for ever.
+        The pool itself notices that, unless the worker was killed while it sent a result: the pool would wait
+        for the rest of that result for ever.
         """
         while True:
             alive = set(multiprocessing.active_children())
@@ -252,8 +252,8 @@ def differences(manifest, request):
 def open_manifest(data_dir, request, batches_by):
     """The manifest of data_dir, complete or to be continued, or a new one.
 
-    request: the values that it must have. batches_by: what determines how texts are cut into batches, which
-    "next" counts: it must not change in between. Raises UserError if data_dir contains other shards.
+    request: the values that it must have. batches_by: what determines how texts are cut into batches. It must
+    stay the same, because "next" counts batches. Raises UserError if data_dir contains other shards.
     """
     manifest = shards.read_manifest(data_dir)
     if manifest is None:
@@ -278,7 +278,7 @@ def open_manifest(data_dir, request, batches_by):
 
 
 def adapt(data_dir, manifest, request):
-    """The manifest of an interrupted preparation, changed to a request that keeps finished shards valid.
+    """The manifest of an interrupted preparation, adapted to a new request if finished shards stay valid.
 
     --skip_null may be added: no null was found so far. Local files may be repaired, replaced, left out or
     added: the shards that end before the first such file are kept. Since only a part's own files have digests
@@ -315,8 +315,8 @@ def prepare(files, data_dir, source, tokenizer="gpt2", column="text", shard_size
 
     source: a dict for the manifest that says where the files are from. column, split_on and skip_null: as for
     `formats.Reader`. part: [I, N] encodes only the files of part I of N, without a val split, for `merge`.
-    The beginnings of all local files are checked first. Shards that an interrupted call finished are kept.
-    Raises UserError for unusable input, and if data_dir contains shards of something else.
+    The beginnings of the local files to be read are checked first. Shards that an interrupted call finished
+    are kept. Raises UserError for unusable input, and if data_dir contains shards of something else.
     """
     from tqdm import tqdm
 
@@ -520,8 +520,8 @@ def find_input(args, files, folder):
         own = shards.files_of(args.part, len(files))
         return files, {"files": [{"name": Path(path).name, **({"digest": digest(path)} if n in own else {})}
                                  for n, path in enumerate(files)]}
-    # an interrupted preparation continues with the files it began with, though the hub may have newer ones;
-    # so does a part with those of the parts that began before it
+    # an interrupted preparation continues with the files it began with, though the hub may have newer ones. A
+    # part uses the files of the parts that began before it
     parts = sorted(Path(args.data_dir, shards.PARTS).glob(f"*-of-{args.part[1]}")) if args.part else []
     request = asked_source(args, files)
     for manifest in filter(None, map(shards.read_manifest, (folder, *parts))):

@@ -22,7 +22,7 @@ from kit.loss import LinearCrossEntropy, mean_of_counted, row_slices, split_igno
 # the four models that OpenAI published, by their names on the Hugging Face hub
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M, usually called 350M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
@@ -387,8 +387,8 @@ class GPT(nn.Module):
     def save_pretrained(self, directory, end_of_text=None, padding=None):
         """Write a Hugging Face directory for `AutoModelForCausalLM.from_pretrained`, without padding rows.
 
-        end_of_text, padding: ids of these tokens (default: the tokenizer's last id). Raises UserError for
-        variants that transformers has no class for.
+        end_of_text: an id (default: the tokenizer's last). padding: an id (default: end_of_text). Raises
+        UserError for variants that transformers has no class for.
         """
         huggingface.write(self, directory, end_of_text, padding)
 

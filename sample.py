@@ -42,7 +42,7 @@ def parse_args(argv=None):
     add("-m", "--model", help=f"{MODEL} (default: the newest run among log*)")
     add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     add("--int8", action="store_true",
-        help="8-bit weights: about three times as fast on a CPU; some tokens differ")
+        help="8-bit weights: two to four times as fast on a CPU; some tokens differ")
     add("-p", "--prompt", help='text to continue, or @FILE; "" starts a new document (default: asked for on '
                                "a terminal, else read from standard input)")
     add = parser.add_argument_group("sampling").add_argument

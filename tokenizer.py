@@ -12,7 +12,7 @@ from kit.flags import Parser, from_command_line, integer
 
 
 def parse_args(argv=None):
-    from kit import formats  # here, where Ctrl-C no longer prints a traceback
+    from kit import formats  # here, because by now Ctrl-C prints no traceback
 
     parser = Parser(description="Learn a byte-level BPE from your own text.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -54,7 +54,8 @@ LONGEST_RUN = 100_000
 SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # \s in tiktoken's pattern
 LONG_RUN = re.compile(f"(?<!{SPACE}){SPACE}{{{LONGEST_RUN},}}")
 LONGEST_WORD = 10_000  # bytes; training cuts longer words into pieces
-RENEW_AFTER = 1000  # calls after which a thread gets a new gigatoken tokenizer: 4 GB in fineweb_edu.py
+# calls after which a thread gets a new gigatoken tokenizer; in fineweb_edu.py they encode 4 GB of text
+RENEW_AFTER = 1000
 per_thread = threading.local()  # {tokenizer: (its gigatoken tokenizer in this thread, number of calls)}
 # a text that both libraries must encode alike: spaces, digits, contractions, two forms of é, many scripts
 PROBE = (" The  year 1984: it's We'LL don't\n\n\t  x = 3.14;\r\n café cafe\u0301 ﬁ ½\u00a0\u2003русский "

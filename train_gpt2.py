@@ -41,7 +41,7 @@ def parse_args(argv=None):
     add("--plan_mfu", type=number(0.01, 1), metavar="X", help="MFU that --plan assumes (default: llm.c's)")
     add("-d", "--device", help="cuda, mps or cpu (default: auto-detected)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
-        help="matmul precision (default: bfloat16 on GPUs that have it, float16 on other GPUs, else float32; "
+        help="matmul dtype (default: bfloat16 on CUDA GPUs that have it, float16 on others, else float32; "
              f"{flags.bfloat16_on_this_cpu()})")
     add("--compile", action=switch, help="torch.compile the model (default: yes, but not on mps)")
     # the modes with CUDA graphs overwrite the gradient of the previous micro-batch
@@ -68,13 +68,14 @@ def parse_args(argv=None):
         help="profile N training steps: log_dir/profile.txt and a trace")
     add("--background", action=switch,
         help="save and draw in a thread while training goes on, which takes CPU memory for a copy of weights "
-             "and optimizer (default: only on a GPU)")
+             "and optimizer (default: only on CUDA)")
     add("--keep", type=integer(2), default=2, help="number of newest checkpoints to keep")
     add("--keep_every", type=interval, default=0, help="interval of checkpoints that are never removed")
     add("--skip_bad_steps", type=interval, default=0,
         help="skip at most N steps whose loss or gradient is not finite, then stop")
     add("--stop_on_divergence", action="store_true",
-        help="stop if the smoothed training loss rises far above its minimum (default: a warning)")
+        help="stop if the smoothed training loss rises far above its minimum or above a uniform guess's "
+             "(default: a warning)")
     add("--log_every", type=interval, default=10,
         help="print a line every N steps; a terminal shows one line that is updated; log.txt has every step")
     add("--plot", action=switch, default=True, help="draw log_dir/curves.png at each evaluation")
@@ -442,8 +443,8 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
             raw_model.zero_grad()
     model = distribute(compiled, ranks)
     if ranks.distributed:
-        # DDP regroups its gradient buckets in the forward pass after the first backward pass. All ranks must
-        # take part, and sums must be in the same order after a restart
+        # DDP regroups its gradient buckets in the second forward pass. Two passes on all ranks do that now,
+        # so that sums are in the same order after a restart
         warm_up(model), warm_up(model)
     return compiled, model
 
@@ -452,7 +453,7 @@ def wrap_model(args, raw_model, data, validation, precision, ranks):
 
 
 def sample(name, step, args, raw_model, data, precision, ranks):
-    """Print four samples of 32 tokens with top-k 50, as the published reproductions do.
+    """Print four samples with top-k 50, as the published reproductions do: the prompt and 32 new tokens.
 
     name: what they are samples of. All ranks must call it; rank 0 prints.
     """
@@ -527,7 +528,7 @@ def train(args, at_exit):
                 run.report(step, progress.val_loss if due(args.val_every) else None)
             if data.tokenizer and due(args.sample_every) and (step > 0 or args.eval_only):
                 sample(name, step, args, raw_model, data, precision, ranks)
-            # a resumed run need not save this step again, unless a stop had saved it before its evaluation
+            # a resumed run does not save its first step again, unless a stop saved it before its evaluation
             saved = step == start_step and progress.val_loss == meta.get("val_loss")
             if (due(args.save_every) or due(args.keep_every)) and step > 0 and not saved:
                 saver.save(f"ckpt_{step:06d}", progress, optimizer)

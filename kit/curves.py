@@ -85,7 +85,7 @@ def running_mean(values):
 
 
 def thinned(steps, values, log_x):
-    """Reduce a curve to its ends and the lowest and highest point of each 500th, which looks the same.
+    """Keep the ends of a curve, and the lowest and highest point of each of 500 pieces: it looks the same.
 
     On a logarithmic axis it would not look the same, so all points are kept.
     """
@@ -161,7 +161,7 @@ def place_labels(axes, labels):
     line, box = LINE * inch, axes.bbox
     for column in columns:
         column.sort(key=lambda label: label[1])
-        groups = []  # labels that touch: (height of the lowest if they are centred on their mean, number)
+        groups = []  # labels that touch, centred on their mean height: (height of the lowest, number)
         for i, (_, y, _, _) in enumerate(column):
             groups.append((y - i * line, 1))
             while len(groups) > 1 and groups[-2][0] > groups[-1][0]:

@@ -30,7 +30,8 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12, "A6000": 155e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12,
 }
 
-# of torch.compile on a CPU: computes tanh by exp, three times as fast and, in GELU's 1 + tanh, as accurate
+# options of torch.compile on a CPU: compute tanh by exp, which is three times as fast and, in GELU's
+# 1 + tanh, as accurate
 INDUCTOR_OPTIONS = {"cpp.use_decompose_tanh": True}
 PARTITIONER_CONFIG = "torch._functorch.config"  # a private name: without it, training takes more memory
 
@@ -45,7 +46,7 @@ def peak_flops(device_name):
 
 
 class NoRandomWeights(TorchFunctionMode):
-    """Modules made in this context skip normal_, which would take 1.5 s on the meta device (an import)."""
+    """Modules made in this context skip normal_: its first call on the meta device takes 1.5 s, an import."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.nn.init.normal_:
@@ -95,7 +96,7 @@ def machine(device):
 
 
 def to_device(tensor, device):
-    """Copy a CPU tensor to a device. A GPU copies it from pinned memory, without waiting for queued work."""
+    """Copy a CPU tensor to a device. CUDA copies it from pinned memory, without waiting for queued work."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
@@ -169,7 +170,7 @@ def tune(device, training=False):
 
 @contextlib.contextmanager
 def without_cudnn_attention():
-    """For HellaSwag and sampling: cuDNN's attention takes 23 to 400 ms to plan for each new shape."""
+    """For HellaSwag and sampling: cuDNN's attention makes a plan for each new shape, which takes time."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -235,8 +236,8 @@ def fits_into_memory(model, batch, precision, device, missing):
 class Precision:
     """The dtype of matmuls in training, with its autocast context and gradient scaler.
 
-    name: "bfloat16", "float16" or "float32". Without one it is bfloat16 on GPUs that have it, float16 on
-    other GPUs, float32 elsewhere.
+    name: "bfloat16", "float16" or "float32". Without one it is bfloat16 on CUDA GPUs that have it, float16
+    on other CUDA GPUs, float32 elsewhere.
     """
 
     def __init__(self, device, name=None):

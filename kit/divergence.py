@@ -10,7 +10,8 @@ from kit.files import UserError
 from kit.sharding import whole_copy
 
 SMOOTHING = 0.98  # of the training loss: a mean over about 50 steps
-RISE = 1.0  # nats above its minimum at which the smoothed loss has diverged
+# nats above its minimum at which the smoothed loss has diverged; half as many above a uniform guess's loss
+RISE = 1.0
 
 
 def remedy(precision):

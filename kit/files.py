@@ -144,7 +144,7 @@ def retried(call, *args, **kwargs):
 
 @contextlib.contextmanager
 def name_in_errors(path, temporary=None):
-    """Name this file in an OSError raised in the body that names no file, or its temporary file."""
+    """If the body raises an OSError that names no file, or only the temporary one, let it name this file."""
     try:
         yield
     except OSError as error:

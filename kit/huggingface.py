@@ -50,7 +50,7 @@ RESULTS = {"train": "training loss, nats per token", "val": "validation loss, na
            "val_bpb": "validation loss, bits per byte", "hella": "HellaSwag acc_norm, completion protocol"}
 
 
-# the files of a model on the hub that are downloaded, besides its .json files
+# the weights that are downloaded from the hub, besides .json, .txt and .model files
 WEIGHTS = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin")  # the first that exists
 # a directory with any of these has a tokenizer
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*_tokens*.json")
@@ -156,7 +156,8 @@ def read_gpt2(source):
     extra = sorted(name for name in info["unexpected_keys"] if layers.search(name))
     if extra:
         raise UserError(f"{source} has {extra[0]}, but n_layer={config.n_layer} in its config.json")
-    # transformers ties the two, whatever the config says, only if the files hold one of them or equal ones
+    # compared, because the config does not decide it: transformers ties the two only if the files hold one of
+    # them, or equal ones
     shape["tie_embeddings"] = torch.equal(theirs.lm_head.weight, theirs.transformer.wte.weight)
     return shape, {name: convert(name, tensor) for name, tensor in theirs.state_dict().items()}
 
@@ -164,7 +165,7 @@ def read_gpt2(source):
 def write(model, directory, end_of_text=None, padding=None):
     """Write a GPT as a directory for `AutoModelForCausalLM.from_pretrained`, its vocabulary without padding.
 
-    end_of_text, padding: ids of the tokenizer; by default both are the last one, as in GPT-2. Raises
+    end_of_text: an id (default: the last one, as in GPT-2). padding: an id (default: end_of_text). Raises
     UserError if transformers has no class that computes what the model does.
     """
     check_exportable(model.config)

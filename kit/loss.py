@@ -108,9 +108,9 @@ def scale_for_sum(x):
 def row_slices(x, vocab_size):
     """Slices of the rows of x (N, C) whose logits are at most LOGITS_AT_ONCE (but at least 16 rows).
 
-    As few slices as possible, because each one reads all weights of the head, and of equal size, in steps of
-    16 rows: transposed, as for dx, the rows of the logits then start at multiples of 16 bytes, which a GPU
-    reads faster.
+    There are as few as possible, because each one reads all weights of the head. They have equal sizes, which
+    are multiples of 16 rows: dx needs the logits transposed, and their rows then start at multiples of 16
+    bytes, which a GPU reads faster.
     """
     blocks = max(1, math.ceil(len(x) / 16))
     at_once = max(1, LOGITS_AT_ONCE.get(x.device.type, 2**25) // (16 * vocab_size))

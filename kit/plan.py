@@ -16,9 +16,10 @@ from model import GPT
 
 NOMINAL_TOKENS = 10**10  # of FineWeb-Edu's sample-10BT, for data that is not there yet
 CARDS = {"RTX 4090": 24, "A100": 80, "H100": 80, "H200": 141, "B200": 180}  # memory in GB
-# share of the peak FLOP/s that training reaches, and dollars per GPU-hour: of one run of llm.c on eight cards
-# each, in 2024. https://github.com/karpathy/llm.c/tree/master/scripts: run_gpt2_124M.sh (300 ms per step, $14
-# per hour), run_gpt2_1558M.sh (2.80 s per step, $28 per hour). This project has not been measured on GPUs
+# for each card, from one run of llm.c on eight of them in 2024: the share of the peak FLOP/s that training
+# reaches, dollars per GPU-hour, and the run. https://github.com/karpathy/llm.c/tree/master/scripts:
+# run_gpt2_124M.sh (300 ms per step, $14 per hour), run_gpt2_1558M.sh (2.80 s per step, $28 per hour). This
+# project has not been measured on GPUs
 RUNS = {"A100": (0.60, 1.75, "llm.c's 124M"), "H100": (0.486, 3.50, "llm.c's 1558M")}
 KEPT = {"cuda": 38, "cpu": 68}  # bytes kept for the backward pass, per token, layer and unit of width
 # assumptions for a cluster of nodes with eight GPUs
@@ -178,9 +179,10 @@ def limits(plan):
         between = GPU_HOURS_PER_FAILURE * 3600 / gpus
         best = math.sqrt(2 * save * between)  # Young 1974, https://doi.org/10.1145/361147.361115
         rate = 2 * args.total_batch_size / compute / 1e6 * min(8, gpus) / gpus
+        steps = max(1, round(best / max(compute, exchange)))
         result.append(f"  {gpus:4}  {1000 * compute:6.0f} ms  {1000 * exchange:6.0f} ms  {sequences:9.1f}  "
-                      f"{rate:6.1f} MB/s  {between / 3600:7,.0f} h  {best / 60:4.0f} min = "
-                      f"{max(1, round(best / compute)):,} steps")
+                      f"{rate:6.1f} MB/s  {between / 3600:7,.0f} h  {best / 60:4.0f} min"
+                      + (f" = {steps:,} steps" if steps < args.max_steps else ": longer than the run"))
     return result + [
         "  compute, exchange: time per step; sequences: per step and GPU; input: per node of eight GPUs;",
         "  failure: mean time between failures; save every: the interval that loses least time, if",

@@ -66,8 +66,8 @@ class Ranks:
             store, *_ = next(rendezvous("env://", timeout=timeout))
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 # torchrun keeps this store when it restarts the ranks, and with it the addresses of the dead
-                # ones: use new keys. Several torchruns count their restarts separately, so their ranks would
-                # use different keys; with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each start has a new store
+                # ones, so each start uses new keys. Several torchruns count their restarts separately: for
+                # them the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and each start has a new store
                 store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world_size,
                                     timeout=timeout)
@@ -206,7 +206,7 @@ class Ranks:
             time.sleep(1e-4)
 
     def nccl_error(self):
-        """NCCL's error, such as "REMOTE_ERROR", or None. A minute later it ends the process."""
+        """NCCL's error, such as "REMOTE_ERROR", or None. NCCL ends the process a minute after an error."""
         if self.over_nccl:
             with contextlib.suppress(AttributeError, RuntimeError):  # private names
                 error = self.group._get_backend(torch.device(self.device)).get_error().name

@@ -85,7 +85,7 @@ IDENTITY = tuple(setting.name for setting in SETTINGS)
 CHANGEABLE = tuple(setting.name for setting in SETTINGS if setting.changeable)
 SHAPE = tuple(setting.name for setting in SETTINGS
               if setting.section in ("model", "model variants"))  # dropout is not part of it
-# what GPT-2's recipe lacks. The default means off, and also holds for records without the setting
+# choices beyond GPT-2's recipe. The default is GPT-2's choice, also for records without the setting
 MODEL_VARIANTS = tuple(setting.name for setting in SETTINGS if setting.section == "model variants")
 VARIANTS = {setting.name: setting.default for setting in SETTINGS if setting.section.endswith("variants")}
 RECIPE = ("init_from", *(setting.name for setting in SETTINGS if setting.recipe))
@@ -129,8 +129,8 @@ def count_micro_batches(args, world_size):
         remedies += [f"--total_batch_size {n * tokens_per_pass}"
                      for n in (total // tokens_per_pass, total // tokens_per_pass + 1) if n > 0]
         raise UserError(
-            f"--total_batch_size {total} is not a whole number of micro-batches, micro_batch_size x "
-            f"sequence_length = {B} x {args.sequence_length} tokens"
+            f"--total_batch_size {total} can't be divided into micro-batches of {B} x {args.sequence_length} "
+            "tokens (micro_batch_size x sequence_length)"
             + (f", with {'the same number' if args.shard else 'at least one'} for each of {world_size} ranks"
                if world_size > 1 else "")
             + "; use " + " or ".join(remedies))

@@ -1,8 +1,9 @@
 """Reference runs of a known recipe: a new run of the same recipe shows early whether its loss is normal.
 
 A reference is a directory under results/reference with the log.txt and the run.json of such a run. Only the
-val curve of log.txt is used. Of run.json, the flags in kit.recipe.RECIPE, "data_source" and "tokenizer" are
-compared; fields that are missing in the reference are not.
+val curve of log.txt is used. Of run.json, "tokenizer", the flags in kit.recipe.RECIPE and the entries of
+"data_source" are compared. A flag that the reference lacks is not compared, but a variant it lacks has its
+default. A reference with an empty "data_source" matches no run.
 """
 
 import math

@@ -50,7 +50,7 @@ def mcnemar(only_a, only_b):
     """Two-sided p-value of the exact McNemar test.
 
     only_a, only_b: the numbers of examples that only A and only B got right. The result is the probability
-    that as many fair coin tosses come out at least as unevenly.
+    that only_a + only_b tosses of a fair coin are at least as uneven as these two numbers.
     """
     n = only_a + only_b
     binomial = tail = 1  # n choose 0, and the sum of n choose 0 to n choose k

@@ -30,8 +30,8 @@ def sync_gradients(model, on):
 def zero_grad(model):
     """Set the gradients to zero, or drop them if that saves memory. model: what `distribute` returned.
 
-    DDP's gradients are parts of its buckets. If they were dropped, those of all micro-batches but the last
-    would be kept beside the buckets: 4 more bytes per parameter.
+    DDP's gradients are parts of its buckets. If they were dropped, the sum over all micro-batches but the
+    last would be kept outside the buckets: 4 more bytes per parameter.
     """
     model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 

@@ -35,8 +35,8 @@ def find_files(entries, data_dir=None):
 
     entries: files, directories, patterns such as "data/*.jsonl", or - for standard input. A directory stands
     for its files of all known formats, at any depth, sorted; links from one of them to another are left out.
-    data_dir: the output directory, in which no input may be found. Raises UserError for what is missing, and
-    for a file that two entries name.
+    data_dir: the output directory. No input directory may contain it, and no pattern may match a file in it.
+    Raises UserError for what is missing, and for a file that two entries name.
     """
     files = {}  # by the real path
     for entry in entries:

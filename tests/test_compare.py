@@ -137,7 +137,7 @@ def test_a_speedrun_times_whole_commands(shards, tmp_path):
     (["base.txt", "base.txt --norm rmsnorm", "--sweep", "log_dir=a,b"], "--sweep"),
     (["base.txt", "base.txt --norm rmsnorm", "--seed", "3"], "use --seeds"),
     (["base.txt", "base.txt --norm 'rmsnorm"], "is not a config and flags"),
-    (["base.txt", "base.txt --total_batch_size 100"], "100 is not a whole number of micro-batches"),
+    (["base.txt", "base.txt --total_batch_size 100"], "100 can't be divided into micro-batches"),
     (["base.txt", "base.txt --val_every 0"], "--val_every 0"),
     (["base.txt", "base.txt --norm rmsnorm", "--sweep", "schedule=cosine,linear"], "linear"),
     (["base.txt", "base.txt --bias", "--sweep", "max_lr=1,2", "--seeds", "3", "--first_seed", "1335"],

@@ -38,8 +38,8 @@ def test_hyphens_are_underscores_also_in_a_config(tmp_path):
     (train_gpt2, ["--learning_rate=1"], "did you mean --max_lr?"),
     (train_gpt2, ["--model_type", "gpt2"], "did you mean --init_from?"),
     (train_gpt2, ["--gradient_accumulation_steps", "5"], "did you mean --total_batch_size?"),
-    (train_gpt2, ["--compile", "False"], "unknown argument False: a flag that turns something on takes no value; "
-                                         "--no-FLAG turns it off"),
+    (train_gpt2, ["--compile", "False"],
+     "unknown argument False: a flag that turns something on takes no value; --no-FLAG turns it off"),
     (train_gpt2, ["--compile=False"], "argument --compile/--no-compile: takes no value, but got 'False'"),
     (train_gpt2, ["--eval_only=True"], "argument --eval_only: takes no value, but got 'True'"),
     (train_gpt2, ["--max_step_s", "1"], "did you mean --max_steps"),

@@ -71,6 +71,16 @@ def test_it_suggests_only_micro_batches_that_the_step_can_be_divided_into():
     assert h200.endswith("--micro_batch_size up to 64")  # 8 ranks x 64 x 1024 tokens
 
 
+def test_steps_between_saves_last_as_long_as_the_slower_of_compute_and_exchange():
+    def row(*flags):
+        return next(line for line in plan.lines(plan_of(*flags)) if line.startswith("    64 "))
+
+    compute, exchange, minutes, steps = (
+        float(row("--max_steps", 10**6).replace(",", "").split()[n]) for n in (1, 3, 10, 13))
+    assert exchange > compute and steps == pytest.approx(minutes * 60_000 / exchange, rel=0.05)
+    assert row().endswith(" min: longer than the run")
+
+
 def test_a_given_mfu_adds_the_other_cards():
     assert not any("RTX 4090, MFU" in line for line in plan.lines(plan_of()))
     line = next(line for line in plan.lines(plan_of("--plan_mfu", 0.5)) if "RTX 4090, MFU" in line)

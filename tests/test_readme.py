@@ -10,7 +10,8 @@ from runs import ROOT, environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # a block, and the comment above it that says why it is not run
-BLOCKS = re.findall(r"(<!-- the README's test skips this block: [^\n]+ -->\n)?```(sh|python)\n(.*?)```", README, re.DOTALL)
+SKIPPED = r"(<!-- the README's test skips this block: [^\n]+ -->\n)?"
+BLOCKS = re.findall(SKIPPED + r"```(sh|python)\n(.*?)```", README, re.DOTALL)
 SCRIPTS = [*ROOT.glob("*.py"), ROOT / "kit/formats.py"]  # which has those of all that read texts
 FLAGS = set(re.findall(r'"(--[a-z_0-9]+)"', "".join(path.read_text() for path in SCRIPTS)))
 
