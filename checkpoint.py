@@ -53,7 +53,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 
-from kit import huggingface, nanogpt, recipe
+from kit import huggingface, nanogpt, recipe, record
 from kit.divergence import remedy
 from kit.files import (
     UserError,
@@ -423,6 +423,8 @@ def resolve(source):
         if (path / "best").is_dir() and not problems:
             return path / "best"
         remedy = f"train one with python train_gpt2.py --log_dir {source}, or use -m gpt2"
+        if not record.is_run(path):
+            remedy = huggingface.MODELS
         if (path / "best").is_dir():
             remedy = f"{source}/best may still be valid"
         elif others := sorted(path.glob("*.pt")):

@@ -31,7 +31,7 @@ def parse_args(argv=None):
     parser = Parser(
         description="Tokenize FineWeb-Edu, another hub dataset or local files into uint16 shards.",
         usage="python fineweb_edu.py [--input FILE ... | --dataset NAME | --verify DIR] [--flag value ...]",
-        aliases={"--val_tokens": "--val_size"},
+        aliases={"--val_tokens": "--val_size", "--text": "--input"},
     )
     group = parser.add_argument_group("text")
     source, add = group.add_mutually_exclusive_group(), group.add_argument

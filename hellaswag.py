@@ -338,6 +338,7 @@ def main(args):
     check_output("--json", args.json, args.hellaswag_data, args.model, *(args.compare or ()))
     ranks = Ranks(args.device)
     tune(ranks.device)
+    names = args.compare or [args.model or newest_run(ranks.is_first)]
     path = args.hellaswag_data
     if not path:
         with ranks.first_goes_ahead():
@@ -349,7 +350,6 @@ def main(args):
         require_fields(examples, path, ("activity_label",), f"--protocol {args.protocol}")
     if args.by:
         require_fields(examples, path, scores.GROUPS[args.by], f"--by {args.by}")
-    names = args.compare or [args.model or newest_run(ranks.is_first)]
     # load both before scoring, so that a B that can't be loaded is refused at once
     models = [load_model_and_tokenizer(name, ranks.device) for name in names]
     if ranks.device == "cpu" and onednn_is_faster():

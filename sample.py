@@ -9,6 +9,7 @@ Without -p, on a terminal, it asks for prompts. There, /help lists the commands 
 Ctrl-C stops a text, and the arrow keys recall earlier prompts.
 """
 
+import argparse
 import codecs
 import contextlib
 import importlib
@@ -19,8 +20,9 @@ from pathlib import Path
 from kit.flags import MODEL, Parser, from_command_line, integer, number
 
 # the commands of a session: the setting that each changes, and its type
-COMMANDS = {"temp": ("temperature", float), "top_k": ("top_k", int), "top_p": ("top_p", float),
-            "tokens": ("max_new_tokens", int), "n": ("num_samples", int)}
+COMMANDS = {"temp": ("temperature", number(0, float("inf"))), "top_k": ("top_k", integer()),
+            "top_p": ("top_p", number()), "tokens": ("max_new_tokens", integer()),
+            "n": ("num_samples", integer())}
 HELP = """/temp 0.7    temperature; 0 always takes the most likely token
 /top_k 50    draw only from the 50 most likely tokens; /top_k off
 /top_p 0.9   draw only from the most likely tokens that have probability 0.9 together; /top_p off
@@ -139,10 +141,11 @@ def typed_prompts(name, settings, generator):
         except KeyboardInterrupt:  # discards the line, as in a shell
             print()
             continue
-        if line.strip() in ("exit", "quit", "/exit", "/quit"):
+        command = line.strip()
+        if command in ("exit", "quit", "/exit", "/quit"):
             return
-        if line.startswith("/"):
-            print(change(settings, generator, *line[1:].partition(" ")[::2]))
+        if command.startswith("/"):
+            print(change(settings, generator, *command[1:].partition(" ")[::2]))
         elif line:
             yield line
 
@@ -155,14 +158,14 @@ def change(settings, generator, name, value):
         return f"/{name} needs a value:\n{next(line for line in HELP.splitlines() if f'/{name} ' in line)}"
     try:
         if name == "seed":
-            generator.manual_seed(int(value))
+            generator.manual_seed(integer()(value))
             return f"seed {value}"
         setting, kind = COMMANDS[name]
         off = value.strip() == "off" and name in ("top_k", "top_p")
         changed = {**settings, setting: None if off else kind(value)}
         check_settings(**changed)
         settings.update(changed)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: a seed of more than 64 bits
+    except (ValueError, argparse.ArgumentTypeError) as error:
         return f"/{name} {value}: {error}"
     return ", ".join(f"{setting} {value}" for setting, value in settings.items() if value is not None)
 

@@ -117,6 +117,12 @@ def count(number, noun, ending="s"):
     return f"{number:,} {noun}{ending if number != 1 else ''}"
 
 
+def epochs_text(epochs):
+    """A number of epochs as text: 0.53 epochs, less than 0.01 epochs."""
+    seen = f"{epochs:,.{2 if epochs < 100 else 0}f}" if epochs >= 0.01 else "less than 0.01"
+    return f"{seen} epochs"
+
+
 def first_line(error):
     """The first line of an exception's text, without "[Errno 2]"; the name of its type if that is empty."""
     return NUMBER.sub("", str(error).strip().partition("\n")[0]) or type(error).__name__
@@ -154,16 +160,23 @@ def name_in_errors(path, temporary=None):
 
 
 def check_output(flag, path, *inputs):
-    """Make the directory of the output file that a flag names. Raises UserError if the file is an input.
+    """Make the directory of the output file that a flag names.
 
-    path and inputs may be None; inputs that are not files don't count. A path of "-" is stdout.
+    path and inputs may be None; inputs that are not files don't count. A path of "-" is stdout. Raises
+    UserError if the file is an input, or if the directory can't be made or written.
     """
     if path in (None, "-"):
         return
     for source in filter(os.path.isfile, filter(None, inputs)):
         if os.path.exists(path) and os.path.samefile(source, path):
             raise UserError(f"{flag} {path} would overwrite the input {source}: name another file")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    directory = os.path.dirname(path) or "."
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {first_line(error)}") from error
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"{flag} {path}: the directory {directory} can't be written")
 
 
 @contextlib.contextmanager

@@ -75,8 +75,9 @@ ELSEWHERE = {
     "num_iterations": ("max_steps",), "out_dir": ("log_dir",), "output_dir": ("log_dir",),
     "eval_interval": ("val_every",), "dataset": ("data_dir",), "num_tokens": ("max_new_tokens",),
     "start": ("prompt",), "wandb_log": ("track",), "wandb": ("track",), "model_type": ("init_from",),
-    "eval_iters": ("val_tokens",), "lr_decay_iters": ("max_steps",),
-    "gradient_accumulation_steps": ("total_batch_size",),
+    "eval_iters": ("val_tokens",), "lr_decay_iters": ("max_steps",), "num_epochs": ("max_steps",),
+    "gradient_accumulation_steps": ("total_batch_size",), "context_length": ("sequence_length",),
+    "greedy": ("temperature",), "text": ("input", "prompt"), "cpu": ("device",),
 }
 
 
@@ -89,7 +90,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, aliases=None, **kwargs):
         self.aliases = aliases or {}
         prog = f"python {Path(sys.argv[0]).name}"
-        super().__init__(*args, **{"formatter_class": HelpFormatter, "prog": prog, **kwargs})
+        # an abbreviation would be taken for whatever flag it happens to begin
+        defaults = dict(formatter_class=HelpFormatter, prog=prog, allow_abbrev=False)
+        super().__init__(*args, **(defaults | kwargs))
 
     def parse_known_args(self, args=None, namespace=None):
         """Parse words; unlike argparse's own method, exit with an error for an unknown one."""
@@ -113,14 +116,18 @@ class Parser(argparse.ArgumentParser):
     def suggestion(self, word):
         if word in ("True", "False"):
             return ": a flag that turns something on takes no value; --no-FLAG turns it off"
+        if self.fromfile_prefix_chars and (word.endswith(".txt") or word == "--config"):
+            return f": a config needs an @, as in @{word if word != '--config' else 'configs/demo.txt'}"
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
         known = {flag.lstrip("-"): flag for flag in self._option_string_actions}
         near = [other for other in ELSEWHERE.get(name, ()) if other in known]
+        near = near or [other for other in known if other.startswith(name)][:2]
         near = near or difflib.get_close_matches(name, known, 2, 0.7)
+        if not word.startswith("-") and Path(word).exists():
+            near = [f"{other} {word}" for other in ("model", "input") if other in known]
+            known |= {each: f"--{each}" for each in near}
         if near:
             return f": did you mean {' or '.join(known[other] for other in near)}?"
-        if self.fromfile_prefix_chars and word.endswith(".txt"):
-            return f": a config needs an @, as in @{word}"
         return f"; see {self.prog} --help"
 
 
@@ -165,12 +172,20 @@ def parse_with_configs(parser, argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     configs = [word for word in argv if word.startswith("@")]
-    known = ", ".join(f"@configs/{path.name}" for path in sorted(CONFIGS.glob("*.txt")))
+    here = Path.cwd()
+    known = {path.stem: f"@{path.relative_to(here) if path.is_relative_to(here) else path}"
+             for path in sorted(CONFIGS.glob("*.txt"))}
+    for flag, word in zip(argv, argv[1:]):
+        action = parser._option_string_actions.get(parser.spelled(flag))
+        if word.startswith("@") and action and action.nargs is None:
+            parser.error(f"argument {flag}: a value that begins with @ is written {flag}={word}")
     for config in configs:
         if configs.count(config) > 1:
             parser.error(f"{config} is given twice")
         if not Path(config[1:]).is_file():
-            parser.error(f"no config {config}; there are {known}")
+            near = difflib.get_close_matches(Path(config).stem, known, 1)
+            parser.error(f"no config {config}" + (f": did you mean {known[near[0]]}?" if near else
+                                                  f"; there are {', '.join(known.values())}"))
 
     def split_line(line):
         if "\0" in line:  # no path or command line can hold one

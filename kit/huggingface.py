@@ -55,9 +55,10 @@ WEIGHTS = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.b
 # a directory with any of these has a tokenizer
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*_tokens*.json")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)  # name, or owner/name
-# the remedy for a model that is not found
-MODELS = ("name a log directory (python train_gpt2.py writes one), a checkpoint in it, a Hugging Face "
-          "directory, gpt2, ..., gpt2-xl, or another GPT-2 of the hub (OWNER/NAME)")
+# remedies for a model that is not found
+LOCAL = ("name a log directory (python train_gpt2.py writes one), a checkpoint in it, or a Hugging Face "
+         "directory")
+MODELS = f"{LOCAL}, or gpt2, ..., gpt2-xl, or another GPT-2 of the hub (OWNER/NAME)"
 ADAPTER = ("the adapter of a fine-tune (PEFT, for example LoRA), not a whole model: merge it with PEFT's "
            "merge_and_unload(), save the result in another directory, and name that")
 # how Hugging Face names the GELUs of GPTConfig
@@ -88,7 +89,7 @@ def download(name):
         if isinstance(config, str):
             return Path(config).parent
         raise UserError(f"{name} does not exist here or in the cache of the Hugging Face hub, which can't be "
-                        f"reached over the network ({first_line(error)}): {MODELS}") from error
+                        f"reached over the network ({first_line(error)}): {LOCAL}") from error
     weights = [[file for file in files if re.fullmatch(pattern, file)] for pattern in WEIGHTS]
     texts = [file for file in files if "/" not in file and file.endswith((".json", ".txt", ".model"))]
     try:

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import textwrap
+import zipfile
 
 import torch
 
@@ -33,6 +34,8 @@ def read_gpt2(path):
         if file.read(4) == LLM_C:
             raise UserError(f"{path} is a model of llm.c: convert it with llm.c's dev/eval/export_hf.py, and "
                             "name the directory that it writes")
+    if not zipfile.is_zipfile(path):  # what torch.save writes
+        raise UserError(f"{path} is not a checkpoint of this program, of nanoGPT or of build-nanogpt")
     try:
         with torch.serialization.safe_globals([(SavedConfig, "__main__.GPTConfig")]):
             saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -10,7 +10,7 @@ import torch
 
 from kit import recipe, shards
 from kit.device import PEAK_FLOPS, NoRandomWeights
-from kit.files import UserError, count
+from kit.files import UserError, count, epochs_text
 from kit.loss import LOGITS_AT_ONCE
 from model import GPT
 
@@ -111,6 +111,8 @@ def make(args, config, gpus):
         flag = "--init_from" if args.init_from else "--micro_batch_size auto"
         raise UserError(f"--plan can't be used with {flag}: give the size by flags")
     manifest = shards.read_manifest(args.data_dir)
+    if args.demo_data and not manifest:
+        raise UserError(f"--plan: {args.data_dir} has no data yet; a run without --plan makes the demo's")
     listed = manifest["shards"] if manifest else ()
     tokens = sum(shard["tokens"] for shard in listed if shard["split"] == "train")
     return Plan(args, model_on_meta(args, config, manifest), gpus, tokens or NOMINAL_TOKENS, not tokens)
@@ -136,7 +138,7 @@ def lines(plan):
         f"data         {plan.data_tokens:,} training tokens" + (
             " (assumed: FineWeb-Edu's sample-10BT; there is no manifest yet)" if plan.is_nominal else ""),
         f"run          {args.max_steps:,} steps x {args.total_batch_size:,} tokens = {plan.tokens:,} tokens, "
-        f"{plan.epochs:,.2f} epochs, {plan.tokens * plan.flops_per_token:.2e} FLOPs",
+        f"{epochs_text(plan.epochs)}, {plan.tokens * plan.flops_per_token:.2e} FLOPs",
         f"step         {args.total_batch_size:,} tokens = {count(args.micro_batch_size, 'sequence')} x "
         f"{args.sequence_length} tokens x {count(plan.micro_batches, 'micro-batch', 'es')}, on "
         f"{count(plan.gpus, 'GPU')}",
@@ -176,6 +178,8 @@ def limits(plan):
         compute = plan.seconds("H100", gpus) / args.max_steps
         exchange = 2 * (gpus - 1) / gpus * 4 * plan.N / (NVLINK if gpus <= 8 else NETWORK)
         sequences = args.total_batch_size / args.sequence_length / gpus
+        if sequences < 1:
+            break
         between = GPU_HOURS_PER_FAILURE * 3600 / gpus
         best = math.sqrt(2 * save * between)  # Young 1974, https://doi.org/10.1145/361147.361115
         rate = 2 * args.total_batch_size / compute / 1e6 * min(8, gpus) / gpus

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from kit import recipe, shards
 from kit.device import attention_backend, memory_of, name_of, peak_memory, type_of
-from kit.files import UNUSABLE_PATH, UserError, count, first_line, out_of_memory
+from kit.files import UNUSABLE_PATH, UserError, count, epochs_text, first_line, out_of_memory
 from kit.ranks import explain_failed_exchange
 from kit.scores import with_error
 
@@ -46,8 +46,7 @@ class Report:
                      f"{ranks.world_size} ranks"
                      if remainder else
                      f"{count(ranks.world_size, 'rank')} x {count(each, 'micro-batch', 'es')}"))
-        seen = f"{epochs:,.{2 if epochs < 100 else 0}f}" if epochs >= 0.01 else "less than 0.01"
-        ranks.say(f"{count(args.max_steps, 'step')}, {seen} epochs")
+        ranks.say(f"{count(args.max_steps, 'step')}, {epochs_text(epochs)}")
         if not (args.val_every or args.save_every or args.keep_every):
             ranks.say("warning: --save_every and --val_every are 0: this run will not save its model")
         if args.min_lr > args.max_lr:

@@ -87,6 +87,14 @@ def test_damage_is_found_before_anything_is_used(tmp_path, capsys, name, how):
     assert "skipped damaged checkpoint: " in (told := capsys.readouterr().err) and "ckpt_000002" in told
 
 
+def test_what_is_no_run_and_no_checkpoint_is_refused_without_a_command_that_writes_there(tmp_path):
+    (tmp_path / "my.txt").write_text("some text")
+    with pytest.raises(UserError, match="no valid checkpoint: name a log directory"):
+        checkpoint.load_model(tmp_path)
+    with pytest.raises(UserError, match="my.txt is not a checkpoint of this program, .* or of build-nanogpt$"):
+        checkpoint.load_model(tmp_path / "my.txt")
+
+
 @pytest.mark.parametrize("when", ["writing", "syncing"])
 def test_a_full_disk_while_saving_leaves_the_old_checkpoint(tmp_path, faults, when):
     old, new = trained(seed=1)[0], trained(seed=2)[0]

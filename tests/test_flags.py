@@ -45,6 +45,13 @@ def test_hyphens_are_underscores_also_in_a_config(tmp_path):
     (train_gpt2, ["--max_step_s", "1"], "did you mean --max_steps"),
     (train_gpt2, ["configs/demo.txt"], "as in @configs/demo.txt"),
     (train_gpt2, ["@configs/no.txt"], "no config @configs/no.txt; there are @configs/demo.txt, "),
+    (train_gpt2, ["@configs/dmo.txt"], "no config @configs/dmo.txt: did you mean @configs/demo.txt?"),
+    (train_gpt2, ["--config", DEMO[1:]], "a config needs an @, as in @configs/demo.txt"),
+    (train_gpt2, ["--sample_prompt", "@home", DEMO], "begins with @ is written --sample_prompt=@home"),
+    (train_gpt2, ["--save", "3"], "did you mean --save_every?"),  # not taken for --save_every
+    (sample, ["--temp", "0.5"], "did you mean --temperature?"),
+    (sample, [str(ROOT)], f"did you mean --model {ROOT}?"),
+    (fineweb_edu, [__file__], f"did you mean --input {__file__}?"),
     (train_gpt2, [DEMO, DEMO], "is given twice"),
     (sample, ["--temprature", "1"], "did you mean --temperature?"),
     (hellaswag, ["--xyz"], "unknown argument --xyz; "),
@@ -65,6 +72,7 @@ def test_an_unknown_argument_is_refused_with_what_may_be_meant(capsys, module, a
     (train_gpt2, ["-m", "gpt2"], ["--init_from", "gpt2"]),
     (train_gpt2, ["--model=gpt2"], ["--init_from", "gpt2"]),
     (fineweb_edu, ["--input", "x", "--val_tokens", "9"], ["--input", "x", "--val_size", "9"]),
+    (fineweb_edu, ["--text", "x"], ["--input", "x"]),
     (tokenizer, ["train", "x", "y", "--out", "z"], ["train", "--input", "x", "y", "--out", "z"]),
     (bench, ["all", "--text", __file__], ["all", "--input", __file__]),
 ])

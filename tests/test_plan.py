@@ -55,6 +55,16 @@ def test_what_it_can_not_plan_is_refused(flags, words):
     assert_refused(run_here(train_gpt2, "--plan", 8, *flags), words)
 
 
+def test_the_demo_is_not_planned_with_the_vocabulary_and_size_of_fineweb_edu(tmp_path):
+    flags = [f"@{ROOT}/configs/demo.txt", "--plan", "--data_dir", tmp_path]
+    assert_refused(run_here(train_gpt2, *flags), f"--plan: {tmp_path} has no data yet")
+
+
+def test_a_number_of_gpus_among_which_a_step_can_not_be_divided_has_no_row():
+    planned = plan_of("--total_batch_size", 64 * 1024)
+    assert [line.split()[0] for line in plan.limits(planned) if "MB/s" in line] == ["8", "64"]
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--max_steps", 10**6], "each token is read"), (["--warmup_steps", 10**5], "the whole run is warm-up"),
     (["--n_embd", 12 * 1024, "--n_layer", 96], "no card here has enough memory"),

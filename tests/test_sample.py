@@ -16,6 +16,7 @@ import torch
 from runs import ROOT, assert_refused, run_here, run_script, sources
 
 import checkpoint
+import hellaswag
 import sample
 from kit.packed import pack
 from tokenizer import get_tokenizer
@@ -171,6 +172,8 @@ def test_a_session_on_a_terminal(small_run):
     assert "/temp needs a value:\n/temp 0.7" in answer(b"/temp\n")
     for mistake in ("/temp -1", "/temp hot", "/temp off", "/top_p 2", "/seed x", f"/seed {2**80}"):
         assert f"{mistake}: " in answer(f"{mistake}\n".encode())
+    assert "/seed x: must be a whole number, not 'x'" in answer(b" /seed x\n")
+    assert "/temp hot: must be a number, not 'hot'" in answer(b"/temp hot\n")
     first, other = [answer(b"The first\n") for _ in range(2)]
     assert first != other and "/seed" in answer(b"/seed 1337\n")
     assert first == answer(b"The first\n")
@@ -194,6 +197,7 @@ def test_without_a_model_the_newest_run_is_taken(small_run, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     flags = ["-d", "cpu", "-p", "Hello", "--max_new_tokens", 0]
     assert_refused(run_here(sample, *flags), "no run found in log", "@configs/modern_demo.txt", "-m gpt2")
+    assert_refused(run_here(hellaswag, "-d", "cpu"), "no run found in log")  # before anything is downloaded
     for name in ("log", "log_old", "log_new"):
         shutil.copytree(small_run, tmp_path / name)
         for path in (tmp_path / name).glob("*/meta.json"):

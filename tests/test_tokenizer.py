@@ -8,7 +8,7 @@ import bench
 import hellaswag
 import plot
 import tokenizer
-from kit.files import UserError
+from kit.files import UserError, check_output
 from tokenizer import get_tokenizer, train
 
 
@@ -73,6 +73,15 @@ def test_no_command_overwrites_its_input(tmp_path, script, flags):
     process = run_here(script, *(names.get(flag, flag) for flag in flags))
     assert_refused(process, flags[-2], names[flags[-1]], f"would overwrite the input {names['FILE']}")
     assert names["FILE"].read_text() == "some text"
+
+
+def test_an_output_that_can_not_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match=f"--out .*/t.json: the directory {tmp_path} can't be written"):
+        check_output("--out", f"{tmp_path}/t.json")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out .*/file/t.json: "):
+        check_output("--out", f"{tmp_path}/file/t.json")
 
 
 def test_the_directory_of_an_output_is_made_or_the_error_names_the_output(tmp_path):
