@@ -68,8 +68,8 @@ def start_trackio(log_dir, name, run_id, config):
     import trackio
 
     run = trackio.init(project="gpt2", name=name, config=config, resume="allow")
-    # trackio's own hint lacks the directory
-    print(f"from any shell: TRACKIO_DIR={shlex.quote(os.environ['TRACKIO_DIR'])} trackio show --project gpt2")
+    directory = shlex.quote(os.environ["TRACKIO_DIR"])  # which trackio's own hint lacks
+    print(f"trackio's dashboard: TRACKIO_DIR={directory} trackio show --project gpt2")
     return run._next_step, run.log, lambda failed: trackio.finish()
 
 
