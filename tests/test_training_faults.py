@@ -78,7 +78,7 @@ def long_whole(shards, tmp_path_factory):
 ])
 def test_sigkill_at_a_random_moment(shards, long_whole, tmp_path, moment):
     process = start_script("train_gpt2.py", *flags_of(shards, tmp_path / "log", *LONG))
-    wait_for_line(process, "tokens per step")
+    wait_for_line(process, " parameters, ")  # the start is recorded
     time.sleep(random.Random(moment).uniform(0, 0.8))
     assert "finished" not in kill_all(process)
     train(shards, tmp_path / "log", *LONG, "--resume")
@@ -304,7 +304,7 @@ def test_the_loop_for_machines_that_may_go_away(shards, whole, tmp_path):
     process = subprocess.Popen(["bash", "-c", loop.replace("sleep 5", "sleep 0.1")], cwd=ROOT, text=True,
                                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for moment in (0.05, 0.15):
-        wait_for_line(process, "tokens per step")
+        wait_for_line(process, " parameters, ")  # the start is recorded
         time.sleep(moment)
         os.kill(ranks_of(process)[0], signal.SIGKILL)
     process.communicate()
