@@ -422,13 +422,14 @@ def resolve(source):
             return newest
         if (path / "best").is_dir() and not problems:
             return path / "best"
-        remedy = f"train one with python train_gpt2.py --log_dir {source}, or use -m gpt2"
-        if not record.is_run(path):
-            remedy = huggingface.MODELS
         if (path / "best").is_dir():
             remedy = f"{source}/best may still be valid"
         elif others := sorted(path.glob("*.pt")):
             remedy = f"to use a checkpoint of another program, name its file, for example {others[-1]}"
+        elif record.is_run(path):
+            remedy = f"train one with python train_gpt2.py --log_dir {source}, or use -m gpt2"
+        else:
+            remedy = huggingface.MODELS
         raise UserError(f"{source} contains no valid checkpoint" + "".join(f"; {p}" for p in problems)
                         + f": {remedy}")
     if huggingface.HUB_NAME.fullmatch(str(source)) and not NAME.match(path.name):

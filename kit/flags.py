@@ -114,18 +114,21 @@ class Parser(argparse.ArgumentParser):
         super().error(message.replace("ignored explicit argument", "takes no value, but got"))
 
     def suggestion(self, word):
-        if word in ("True", "False"):
-            return ": a flag that turns something on takes no value; --no-FLAG turns it off"
-        if self.fromfile_prefix_chars and (word.endswith(".txt") or word == "--config"):
-            return f": a config needs an @, as in @{word if word != '--config' else 'configs/demo.txt'}"
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
         known = {flag.lstrip("-"): flag for flag in self._option_string_actions}
+        if word in ("True", "False"):
+            return ": a flag that turns something on takes no value; --no-FLAG turns it off"
+        if self.fromfile_prefix_chars and name == "config":
+            return ": a config needs an @, as in @configs/demo.txt"
+        if not word.startswith("-"):  # a value without its flag
+            if self.fromfile_prefix_chars and word.endswith(".txt"):
+                return f": a config needs an @, as in @{word}"
+            for flag in ("--model", "--input"):
+                if word and Path(word).exists() and flag in self._option_string_actions:
+                    return f": did you mean {flag} {word}?"
         near = [other for other in ELSEWHERE.get(name, ()) if other in known]
-        near = near or [other for other in known if other.startswith(name)][:2]
+        near = near or [other for other in known if name and other.startswith(name)][:2]
         near = near or difflib.get_close_matches(name, known, 2, 0.7)
-        if not word.startswith("-") and Path(word).exists():
-            near = [f"{other} {word}" for other in ("model", "input") if other in known]
-            known |= {each: f"--{each}" for each in near}
         if near:
             return f": did you mean {' or '.join(known[other] for other in near)}?"
         return f"; see {self.prog} --help"

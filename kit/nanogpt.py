@@ -34,8 +34,9 @@ def read_gpt2(path):
         if file.read(4) == LLM_C:
             raise UserError(f"{path} is a model of llm.c: convert it with llm.c's dev/eval/export_hf.py, and "
                             "name the directory that it writes")
-    if not zipfile.is_zipfile(path):  # what torch.save writes
-        raise UserError(f"{path} is not a checkpoint of this program, of nanoGPT or of build-nanogpt")
+    unknown = f"{path} is not a checkpoint of this program, of nanoGPT or of build-nanogpt"
+    if not zipfile.is_zipfile(path):  # as torch.save writes it
+        raise UserError(f"{unknown}, or is truncated")
     try:
         with torch.serialization.safe_globals([(SavedConfig, "__main__.GPTConfig")]):
             saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -56,8 +57,7 @@ def read_gpt2(path):
         if "weights_only" in str(error):  # torch's own message recommends running the pickle
             reason = ("it holds Python objects, which are not loaded; in the program that wrote it, save "
                       '{"model": state_dict, "config": vars(config)}')
-        raise UserError(f"{path} is not a checkpoint of this program, of nanoGPT or of build-nanogpt "
-                        f"({reason})") from error
+        raise UserError(f"{unknown} ({reason})") from error
     if shape["vocab_size"] not in VOCABULARIES:
         raise UserError(f"{path} has {shape['vocab_size']} token ids, GPT-2's tokenizer has 50257: it needs "
                         "a meta.pkl, a pickle, which is never opened here; encode the text again with "
