@@ -47,7 +47,7 @@ def test_hyphens_are_underscores_also_in_a_config(tmp_path):
     (train_gpt2, ["@configs/no.txt"], "no config @configs/no.txt; there are @configs/demo.txt, "),
     (train_gpt2, ["@configs/dmo.txt"], "no config @configs/dmo.txt: did you mean @configs/demo.txt?"),
     (train_gpt2, ["--hellaswag_dat=x.txt"], "did you mean --hellaswag_data"),
-    (train_gpt2, [""], "unknown argument ; see "),
+    (train_gpt2, [""], "unknown argument ; see "), (sample, [""], "unknown argument ; see "),
     (train_gpt2, ["--config", DEMO[1:]], "a config needs an @, as in @configs/demo.txt"),
     (train_gpt2, ["--sample_prompt", "@home", DEMO], "begins with @ is written --sample_prompt=@home"),
     (train_gpt2, ["--save", "3"], "did you mean --save_every?"),  # not taken for --save_every
